@@ -1,0 +1,240 @@
+# milpy's build, described once: setup.py calls `make ext`, CI and people call the rest.
+# Sources are found by room; headers sit beside them and are included from csrc/ down.
+
+BUILD  ?= build/cpu
+CC     ?= cc
+AR     ?= ar
+WERROR ?= 0
+SAN    ?=
+VENV   := .venv
+VPY    := $(VENV)/bin/python
+ROOMS  := base ops cpu loader comm layers model scheduler engine
+
+# The Python that `make ext` builds for: the active environment, else ours, else the system's.
+# `make demo`, `make test` and `make install` always use ours.
+ifdef VIRTUAL_ENV
+PYTHON ?= python3
+else
+PYTHON ?= $(if $(wildcard $(VPY)),$(VPY),python3)
+endif
+BASE_PYTHON ?= python3
+
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(JOBS)
+endif
+MAKEFLAGS += --no-print-directory
+
+# ---- flags ----
+
+WARN     := -Wall -Wextra -Wshadow -Wmissing-prototypes -Wstrict-prototypes -Wvla
+ifeq ($(WERROR),1)
+WARN     += -Werror
+endif
+# The float flags are part of the results: see docs/numerics.md. Never fast-math, never -march=native.
+NUMERICS := -ffp-contract=off -fno-math-errno -fno-trapping-math
+COMMON   := -std=c11 -fPIC -pthread -fvisibility=hidden $(NUMERICS) $(WARN) -Icsrc
+LINK     := -pthread -Wl,-z,relro,-z,now
+ifeq ($(SAN),)
+OPT      := -O2 -g1 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fstack-protector-strong
+ifneq ($(findstring x86_64,$(shell $(CC) -dumpmachine 2>/dev/null)),)
+OPT      += -fstack-clash-protection
+endif
+# Kernels trust their arguments, and the canaries cost there.
+OPT_SIMD := -O3 -g1
+else
+OPT      := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SAN) -fno-sanitize-recover=all
+OPT_SIMD := $(OPT)
+LINK     += -fsanitize=$(SAN)
+endif
+
+# A *_simd.c file is one body compiled once per instruction set; csrc/cpu picks a table at run time.
+FLAGS_scalar     := -DMIL_ISA_SCALAR=1 -DMIL_ISA_NAME=scalar
+FLAGS_avx2       := -mavx2 -mfma -mf16c -DMIL_ISA_AVX2=1 -DMIL_ISA_NAME=avx2
+FLAGS_512        := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -DMIL_ISA_AVX512=1
+FLAGS_avx512     := $(FLAGS_512) -DMIL_ISA_NAME=avx512
+FLAGS_avx512bf16 := $(FLAGS_512) -mavx512bf16 -DMIL_ISA_AVX512BF16=1 -DMIL_ISA_NAME=avx512bf16
+ifneq ($(findstring x86_64,$(shell $(CC) -dumpmachine 2>/dev/null)),)
+ISAS := scalar avx2 avx512 avx512bf16
+else
+ISAS := scalar
+endif
+
+# ---- what is built ----
+
+SRC      := $(foreach room,$(ROOMS),$(wildcard csrc/$(room)/*.c))
+SRC_SIMD := $(filter %_simd.c,$(SRC))
+OBJ      := $(patsubst %.c,$(BUILD)/%.o,$(filter-out %_simd.c,$(SRC)))
+OBJ_SIMD := $(foreach isa,$(ISAS),$(patsubst %.c,$(BUILD)/%.$(isa).o,$(SRC_SIMD)))
+LIB      := $(BUILD)/libmilpy.a
+
+PY_INFO    := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config_var('EXT_SUFFIX'), \
+	s.get_path('include'))" 2>/dev/null)
+EXT_SUFFIX := $(word 1,$(PY_INFO))
+# find_spec, because importing NumPy takes a tenth of a second and this line runs often.
+NUMPY_INCLUDE ?= $(shell $(PYTHON) -c "from importlib.util import find_spec as f; \
+	print(f('numpy').submodule_search_locations[0] + '/_core/include')")
+EXT_DIR  ?= milpy
+EXT      := $(EXT_DIR)/_C$(EXT_SUFFIX)
+SRC_EXT  := $(wildcard csrc/python/*.c)
+OBJ_EXT  := $(patsubst %.c,$(BUILD)/py$(EXT_SUFFIX)/%.o,$(SRC_EXT))
+
+TESTS    := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c))
+FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
+
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.PHONY: all lib ext codebase install-server install demo test test-c test-ref test-gpu asan tsan \
+	fuzz format lint tidy check bench clean help prerequisites
+
+all: ext           ## the extension, in place (the same as ext)
+
+lib: $(LIB)        ## the C core and the CPU kernels, as a static library
+
+ext: $(if $(SRC_EXT),$(EXT))        ## milpy/_C*.so for PYTHON, linked with the core; after an edit this is enough
+
+codebase: lib      ## C core and kernels
+
+$(LIB): $(OBJ) $(OBJ_SIMD)
+	@rm -f $@
+	@mkdir -p $(@D)
+	$(AR) rcs $@ $^
+
+# Moved into place, so that a process that has the old file mapped keeps it.
+$(EXT): $(OBJ_EXT) $(LIB)
+	@mkdir -p $(@D)
+	$(CC) -shared -o $(BUILD)/_C.so $(OBJ_EXT) $(LIB) $(LINK) -Wl,--exclude-libs,ALL
+	mv -f $(BUILD)/_C.so $@
+
+$(foreach room,loader scheduler engine,$(eval $(BUILD)/csrc/$(room)/%.o: ROOM_FLAGS := -Wconversion))
+
+$(OBJ): $(BUILD)/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(OPT) $(ROOM_FLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
+
+define isa_rule
+$(patsubst %.c,$(BUILD)/%.$(1).o,$(SRC_SIMD)): $(BUILD)/%.$(1).o: %.c Makefile
+	@mkdir -p $$(@D)
+	$$(CC) $$(COMMON) $$(OPT_SIMD) $$(FLAGS_$(1)) $$(CFLAGS) -MMD -MP -c $$< -o $$@
+endef
+ifneq ($(SRC_SIMD),)
+$(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
+endif
+
+$(OBJ_EXT): $(BUILD)/py$(EXT_SUFFIX)/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(OPT) $(CFLAGS) -isystem $(word 2,$(PY_INFO)) -isystem $(NUMPY_INCLUDE) \
+		-MMD -MP -c $< -o $@
+
+$(TESTS): $(BUILD)/tests/%: tests/c/%.c $(LIB) Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/c -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
+
+$(FUZZERS): $(BUILD)/fuzz/%: tests/fuzz/%.c $(LIB) Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/fuzz -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
+
+-include $(OBJ:.o=.d) $(OBJ_SIMD:.o=.d) $(OBJ_EXT:.o=.d) $(TESTS:=.d) $(FUZZERS:=.d)
+
+# ---- set-up: one stamp per extra, so that the second `make test` starts at once ----
+
+prerequisites:
+	@CC="$(CC)" PYTHON="$(BASE_PYTHON)" sh tools/prerequisites.sh
+
+# What the build itself needs comes first and without isolation, so that pip compiles nothing twice.
+$(VENV)/.stamp-build: | prerequisites
+	@echo "== creating $(VENV)"
+	$(BASE_PYTHON) -m venv $(VENV)
+	sed -n '/^requires = /s/[^"]*\("[^"]*"\)[^"]*/\1 /gp' pyproject.toml | \
+		xargs $(VPY) -m pip install --disable-pip-version-check
+	@touch $@
+
+# The core compiles while pip downloads.
+$(VENV)/.stamp-%: pyproject.toml setup.py | prerequisites
+	@echo "== setting up $(VENV) ($*)"
+	@$(MAKE) $(VENV)/.stamp-build lib
+	$(VPY) -m pip install --disable-pip-version-check --no-build-isolation \
+		-e '.$(if $(filter base,$*),,[$*])'
+	@touch $@
+
+.PRECIOUS: $(VENV)/.stamp-%
+
+install: $(VENV)/.stamp-base  ## everything, into .venv
+	@$(MAKE) ext PYTHON=$(VPY)
+
+install-server: install       ## the server (an alias of install until the server exists)
+
+# ---- run and test ----
+
+demo: $(VENV)/.stamp-base     ## set up, then one batch: the base and three adapters
+	@$(MAKE) ext PYTHON=$(VPY)
+	$(VENV)/bin/milpy demo
+
+MARKS ?= not ref and not gpu and not multigpu
+test: $(VENV)/.stamp-test     ## set up, then the C tests and every pytest that needs no GPU and no torch
+	@$(MAKE) ext PYTHON=$(VPY)
+	@$(MAKE) test-c
+	$(VPY) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
+
+test-c: $(TESTS)              ## the C tests, linked with the core
+	@failed=0; for t in $(TESTS); do echo "== $$t"; ./$$t || failed=1; done; exit $$failed
+
+test-ref: $(VENV)/.stamp-ref  ## compare with transformers and peft, live
+	@$(MAKE) ext PYTHON=$(VPY)
+	MILPY_TEST_REF=1 $(VPY) -m pytest -m ref $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.stamp-test ## the tests that need a GPU; each skips with its reason where there is none
+	@$(MAKE) ext PYTHON=$(VPY)
+	$(VPY) -m pytest -rs -m "gpu or multigpu" $(PYTEST_ARGS)
+
+asan:                         ## core and C tests again, under ASan and UBSan
+	@$(MAKE) test-c BUILD=build/asan SAN=address,undefined
+
+tsan:                         ## core and C tests again, under TSan
+	@$(MAKE) test-c BUILD=build/tsan SAN=thread
+
+FUZZ_SECONDS ?= 10
+fuzz: $(VENV)/.stamp-test     ## every reader of untrusted bytes, FUZZ_SECONDS each, under ASan
+	@$(MAKE) ext PYTHON=$(VPY)
+	@$(MAKE) run-fuzzers BUILD=build/asan SAN=address,undefined
+	MILPY_FUZZ_SECONDS=$(FUZZ_SECONDS) $(VPY) -m pytest tests/fuzz $(PYTEST_ARGS)
+
+.PHONY: run-fuzzers
+run-fuzzers: $(FUZZERS)
+	@for f in $(FUZZERS); do echo "== $$f"; ./$$f $(FUZZ_SECONDS) || exit 1; done
+
+# ---- form ----
+
+C_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c tests/c/*.h tests/c/*.c tests/fuzz/*.h tests/fuzz/*.c)
+
+format: $(VENV)/.stamp-dev    ## rewrite C and Python in the house's format
+	$(VENV)/bin/clang-format -i $(C_FILES)
+	$(VENV)/bin/ruff check --fix-only -q .
+	$(VENV)/bin/ruff format .
+
+lint: $(VENV)/.stamp-dev      ## format, types, rooms, symbols: all checked, nothing changed
+	@$(MAKE) ext PYTHON=$(VPY)
+	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VPY) tools/check_rooms.py $(LIB) milpy/_C$(EXT_SUFFIX)
+
+tidy: $(VENV)/.stamp-dev      ## clang-tidy over the core (slow, not part of lint)
+	$(VENV)/bin/clang-tidy --quiet $(filter-out %_simd.c,$(SRC)) -- $(COMMON)
+
+check:                        ## what a change must pass: lint, test, asan, with warnings as errors
+	@$(MAKE) lint WERROR=1
+	@$(MAKE) test WERROR=1
+	@$(MAKE) asan WERROR=1
+
+bench: $(VENV)/.stamp-base    ## every figure beside its roof, measured in the same round
+	@$(MAKE) ext PYTHON=$(VPY)
+	$(VPY) -m benchmarks $(BENCH_ARGS)
+
+clean:                        ## build outputs; .venv stays
+	rm -rf build milpy/_C*.so milpy.egg-info
+
+help:                         ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | \
+		awk -F'\t' '{ printf "make %-16s %s\n", $$1, $$2 }'

@@ -1,0 +1,37 @@
+"""Which tests this machine can run: what cannot run here is skipped with its reason."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+REF_MODULES = ("torch", "transformers", "peft", "safetensors")
+
+
+def gpu_count() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def reason_to_skip(item: pytest.Item) -> str | None:
+    """Why `item` cannot run here; None when it can."""
+    gpus = gpu_count()
+    if item.get_closest_marker("gpu") and gpus < 1:
+        return "needs a GPU: found no /dev/nvidia0"
+    if item.get_closest_marker("multigpu") and gpus < 2:
+        return f"needs 2 GPUs or more: found {gpus}"
+    if item.get_closest_marker("net") and os.environ.get("MILPY_TEST_NET") != "1":
+        return "needs the network: MILPY_TEST_NET=1 is not set"
+    # CI sets MILPY_TEST_REF: there a missing oracle must fail, not skip.
+    if item.get_closest_marker("ref") and os.environ.get("MILPY_TEST_REF") != "1":
+        missing = [name for name in REF_MODULES if find_spec(name) is None]
+        if missing:
+            return f"needs the [ref] extra: found no {', '.join(missing)}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reason = reason_to_skip(item)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,6 +1,7 @@
 # milpy's build, described once: setup.py calls `make ext`, CI and people call the rest.
 # Sources are found by room; headers sit beside them and are included from csrc/ down.
 
+# Objects, libmilpy.a and test programs; another BUILD keeps two trees apart.
 BUILD  ?= build/cpu
 CC     ?= cc
 AR     ?= ar
@@ -24,6 +25,10 @@ ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(JOBS)
 endif
 MAKEFLAGS += --no-print-directory
+# One short line per file; V=1 prints whole commands.
+ifneq ($(V),1)
+Q := @
+endif
 
 # ---- flags ----
 
@@ -33,7 +38,8 @@ WARN     += -Werror
 endif
 # The float flags are part of the results: see docs/numerics.md. Never fast-math, never -march=native.
 NUMERICS := -ffp-contract=off -fno-math-errno -fno-trapping-math
-COMMON   := -std=c11 -fPIC -pthread -fvisibility=hidden $(NUMERICS) $(WARN) -Icsrc
+# _GNU_SOURCE because -std=c11 alone hides mmap, pread and thread affinity.
+COMMON   := -std=c11 -D_GNU_SOURCE= -fPIC -pthread -fvisibility=hidden $(NUMERICS) $(WARN) -Icsrc
 LINK     := -pthread -Wl,-z,relro,-z,now
 ifeq ($(SAN),)
 OPT      := -O2 -g1 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fstack-protector-strong
@@ -98,24 +104,28 @@ codebase: lib      ## C core and kernels
 $(LIB): $(OBJ) $(OBJ_SIMD)
 	@rm -f $@
 	@mkdir -p $(@D)
-	$(AR) rcs $@ $^
+	@echo "  ar   $@"
+	$(Q)$(AR) rcs $@ $^
 
 # Moved into place, so that a process that has the old file mapped keeps it.
 $(EXT): $(OBJ_EXT) $(LIB)
 	@mkdir -p $(@D)
-	$(CC) -shared -o $(BUILD)/_C.so $(OBJ_EXT) $(LIB) $(LINK) -Wl,--exclude-libs,ALL
-	mv -f $(BUILD)/_C.so $@
+	@echo "  link $@"
+	$(Q)$(CC) -shared -o $(BUILD)/_C.so $(OBJ_EXT) $(LIB) $(LINK) -Wl,--exclude-libs,ALL -lm
+	@mv -f $(BUILD)/_C.so $@
 
 $(foreach room,loader scheduler engine,$(eval $(BUILD)/csrc/$(room)/%.o: ROOM_FLAGS := -Wconversion))
 
 $(OBJ): $(BUILD)/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(OPT) $(ROOM_FLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
+	@echo "  cc   $@"
+	$(Q)$(CC) $(COMMON) $(OPT) $(ROOM_FLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
 
 define isa_rule
 $(patsubst %.c,$(BUILD)/%.$(1).o,$(SRC_SIMD)): $(BUILD)/%.$(1).o: %.c Makefile
 	@mkdir -p $$(@D)
-	$$(CC) $$(COMMON) $$(OPT_SIMD) $$(FLAGS_$(1)) $$(CFLAGS) -MMD -MP -c $$< -o $$@
+	@echo "  cc   $$@"
+	$$(Q)$$(CC) $$(COMMON) $$(OPT_SIMD) $$(FLAGS_$(1)) $$(CFLAGS) -MMD -MP -c $$< -o $$@
 endef
 ifneq ($(SRC_SIMD),)
 $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
@@ -123,16 +133,19 @@ endif
 
 $(OBJ_EXT): $(BUILD)/py$(EXT_SUFFIX)/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(OPT) $(CFLAGS) -isystem $(word 2,$(PY_INFO)) -isystem $(NUMPY_INCLUDE) \
+	@echo "  cc   $@"
+	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -isystem $(word 2,$(PY_INFO)) -isystem $(NUMPY_INCLUDE) \
 		-MMD -MP -c $< -o $@
 
 $(TESTS): $(BUILD)/tests/%: tests/c/%.c $(LIB) Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/c -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
+	@echo "  cc   $@"
+	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/c -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
 
 $(FUZZERS): $(BUILD)/fuzz/%: tests/fuzz/%.c $(LIB) Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/fuzz -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
+	@echo "  cc   $@"
+	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/fuzz -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
 
 -include $(OBJ:.o=.d) $(OBJ_SIMD:.o=.d) $(OBJ_EXT:.o=.d) $(TESTS:=.d) $(FUZZERS:=.d)
 

@@ -1,0 +1,1 @@
+"""Shared by tests: writers of small models and files."""

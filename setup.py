@@ -22,7 +22,8 @@ class MakeExt(build_ext):
         command += [f"NUMPY_INCLUDE={numpy.get_include()}"]
         if not in_place:
             command += [f"EXT_DIR={target / 'milpy'}"]
-        subprocess.run(command, cwd=Path(__file__).parent, env=env, check=True)
+        if subprocess.run(command, cwd=Path(__file__).parent, env=env).returncode != 0:
+            sys.exit(f"milpy: the build failed: {' '.join(command)}")
 
 
 setup(

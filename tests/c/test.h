@@ -15,7 +15,8 @@ typedef struct test_case {
 static test_case *test_first, **test_tail = &test_first;
 static jmp_buf test_abandon;
 
-static inline void test_register(test_case *test) {
+static inline void test_register(test_case *test)
+{
     *test_tail = test;
     test_tail = &test->next;
 }
@@ -23,7 +24,8 @@ static inline void test_register(test_case *test) {
 /* Define a test. Its name states the behaviour: TEST(shared_block_survives_first_owner) { ... } */
 #define TEST(id)                                                                                   \
     static void id(void);                                                                          \
-    __attribute__((constructor)) static void test_register_##id(void) {                            \
+    __attribute__((constructor)) static void test_register_##id(void)                              \
+    {                                                                                              \
         static test_case test = {#id, id, NULL};                                                   \
         test_register(&test);                                                                      \
     }                                                                                              \
@@ -50,7 +52,8 @@ static inline void test_register(test_case *test) {
     } while (0)
 
 /* Run one test: 1 when it passed. */
-static inline int test_run(const test_case *test) {
+static inline int test_run(const test_case *test)
+{
     if (setjmp(test_abandon) != 0) {
         printf("FAILED %s\n", test->name);
         return 0;
@@ -61,12 +64,16 @@ static inline int test_run(const test_case *test) {
 
 /* main: every test, or the one named on the command line. The last line is the count. */
 #define TEST_MAIN()                                                                                \
-    int main(int argc, char **argv) {                                                              \
+    int main(int argc, char **argv)                                                                \
+    {                                                                                              \
         int passed = 0, failed = 0;                                                                \
         for (const test_case *test = test_first; test != NULL; test = test->next) {                \
-            if (argc > 1 && strcmp(argv[1], test->name) != 0) continue;                            \
-            if (test_run(test)) passed++;                                                          \
-            else failed++;                                                                         \
+            if (argc > 1 && strcmp(argv[1], test->name) != 0)                                      \
+                continue;                                                                          \
+            if (test_run(test))                                                                    \
+                passed++;                                                                          \
+            else                                                                                   \
+                failed++;                                                                          \
         }                                                                                          \
         printf("%d passed, %d failed\n", passed, failed);                                          \
         return failed != 0 || passed == 0;                                                         \

@@ -196,18 +196,18 @@ class Fields:
     null counts as absent. `taken` grows with every key asked for, so that the rest can be named.
     """
 
-    __slots__ = ("_error", "_source", "taken", "values")
+    __slots__ = ("_error", "source", "taken", "values")
 
     def __init__(self, values: Mapping[str, Json], source: str, error: type[MilpyError]) -> None:
         self.values = values
         self.taken: set[str] = set()
-        self._source = source
+        self.source = source
         self._error = error
 
     def fail(self, key: str, expected: str) -> NoReturn:
         """Refuse the value of `key`."""
         found = show(self.values[key]) if key in self.values else "absent"
-        raise self._error(f"{self._source}: {key} is {found}, expected {expected}")
+        raise self._error(f"{self.source}: {key} is {found}, expected {expected}")
 
     def raw(self, key: str) -> Json:
         """The value as it is; None when absent."""

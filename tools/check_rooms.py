@@ -68,7 +68,7 @@ def check_headers_alone() -> Iterator[str]:
         for language in languages:
             # Through an include, since `#pragma once` warns in a main file.
             done = subprocess.run(
-                [*language, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-I", ROOT / "csrc", "-"],
+                [*language, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{ROOT}/csrc", "-"],
                 input=f'#include "{path}"\n',
                 capture_output=True,
                 text=True,

@@ -233,7 +233,7 @@ lint: $(VENV)/.stamp-dev      ## format, types, rooms, symbols: all checked, not
 	$(VENV)/bin/mypy
 	$(VPY) tools/check_rooms.py $(LIB) milpy/_C$(EXT_SUFFIX)
 
-tidy: $(VENV)/.stamp-dev      ## clang-tidy over the core (slow, not part of lint)
+tidy: $(VENV)/.stamp-tidy     ## clang-tidy over the core (slow, not part of lint)
 	$(VENV)/bin/clang-tidy --quiet $(filter-out %_simd.c,$(SRC)) -- $(COMMON)
 
 check:                        ## what a change must pass: lint, test, asan, with warnings as errors

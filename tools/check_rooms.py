@@ -106,6 +106,8 @@ def check_python() -> Iterator[str]:
     jinja2 = []
     for path in sorted((ROOT / "milpy").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Call)):
+                continue
             names = imported(node)
             jinja2 += [f"{path}:{node.lineno}" for name in names if name == "jinja2"]
             for name in CODE_RUNNING_MODULES.intersection(names):

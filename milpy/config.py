@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from os.path import exists
 from pathlib import Path
 from typing import Literal
 
@@ -236,7 +237,7 @@ def read_model_config(folder: str | Path, *, strict: bool = False) -> ModelConfi
 def read_generation_config(folder: str | Path, *, vocab_size: int = MAX_VOCAB) -> GenerationConfig:
     """`folder`/generation_config.json; all None where there is no such file."""
     path = Path(folder) / "generation_config.json"
-    if not path.exists():
+    if not exists(path):
         return GenerationConfig()
     fields = Fields(_read(path), str(path), ConfigError)
     return GenerationConfig(

@@ -1,0 +1,138 @@
+/* milpy._C: the extension's module object. Types live in a file each. */
+#define MIL_IMPORTS_NUMPY
+#include "python/convert.h"
+
+#include "base/memory.h"
+
+static PyObject *machine_report(PyObject *module, PyObject *unused)
+{
+    (void)unused;
+    mil_machine_report report;
+    mil_status status = mil_machine_report_get(&report);
+    if (status != MIL_OK)
+        return mil_raise(PyModule_GetState(module), status);
+    return Py_BuildValue("{s:s,s:s,s:i,s:i,s:d,s:K,s:K}", "isa", report.isa, "isa_available",
+                         report.isa_available, "n_threads", report.n_threads, "n_cpus_affinity",
+                         report.n_cpus_affinity, "cgroup_cpus", report.cgroup_cpus, "memory_bytes",
+                         (unsigned long long)report.memory_bytes, "memory_free_bytes",
+                         (unsigned long long)report.memory_free_bytes);
+}
+
+static PyObject *memory_held(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    return PyLong_FromSize_t(mil_memory_held_bytes());
+}
+
+static PyObject *memory_calls(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(mil_memory_calls());
+}
+
+static PyMethodDef methods[] = {
+    {"machine_report", machine_report, METH_NOARGS,
+     "What this machine offers: isa, isa_available, n_threads, n_cpus_affinity, cgroup_cpus,\n"
+     "memory_bytes, memory_free_bytes. Raises RequestError where MILPY_CPU_ISA cannot be honoured."},
+    {"memory_held", memory_held, METH_NOARGS, "Bytes that the C core now holds."},
+    {"memory_calls", memory_calls, METH_NOARGS,
+     "Allocations of the C core since the process began."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int add_errors(mil_module_state *state)
+{
+    PyObject *errors = PyImport_ImportModule("milpy.errors");
+    if (errors == NULL)
+        return -1;
+    for (int i = 0; i < MIL_N_STATUS; i++) {
+        if (mil_error_names[i] == NULL)
+            continue;
+        state->errors[i] = PyObject_GetAttrString(errors, mil_error_names[i]);
+        if (state->errors[i] == NULL) {
+            Py_DECREF(errors);
+            return -1;
+        }
+    }
+    Py_DECREF(errors);
+    return 0;
+}
+
+static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **slot)
+{
+    *slot = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *slot == NULL ? -1 : PyModule_AddType(module, *slot);
+}
+
+static int exec(PyObject *module)
+{
+    import_array1(-1);
+    mil_module_state *state = PyModule_GetState(module);
+    if (add_errors(state) < 0 || add_type(module, &mil_progress_spec, &state->progress) < 0 ||
+        add_type(module, &mil_model_spec, &state->model) < 0 ||
+        add_type(module, &mil_engine_spec, &state->engine) < 0 ||
+        add_type(module, &mil_seq_spec, &state->seq) < 0 ||
+        add_type(module, &mil_stepper_spec, &state->stepper) < 0)
+        return -1;
+    return PyModule_AddIntConstant(module, "MAX_LOGPROBS", MIL_MAX_LOGPROBS);
+}
+
+static int traverse(PyObject *module, visitproc visit, void *arg)
+{
+    mil_module_state *state = PyModule_GetState(module);
+    for (int i = 0; i < MIL_N_STATUS; i++)
+        Py_VISIT(state->errors[i]);
+    Py_VISIT(state->progress);
+    Py_VISIT(state->model);
+    Py_VISIT(state->engine);
+    Py_VISIT(state->stepper);
+    Py_VISIT(state->seq);
+    return 0;
+}
+
+static int clear(PyObject *module)
+{
+    mil_module_state *state = PyModule_GetState(module);
+    for (int i = 0; i < MIL_N_STATUS; i++)
+        Py_CLEAR(state->errors[i]);
+    Py_CLEAR(state->progress);
+    Py_CLEAR(state->model);
+    Py_CLEAR(state->engine);
+    Py_CLEAR(state->stepper);
+    Py_CLEAR(state->seq);
+    return 0;
+}
+
+static void module_free(void *module)
+{
+    (void)clear(module);
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec},
+#if PY_VERSION_HEX >= 0x030c0000
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* as NumPy */
+#endif
+    {0, NULL},
+};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "milpy._C",
+    .m_doc = "The C core of milpy. milpy.LLM and milpy.engine are the faces to use.",
+    .m_size = sizeof(mil_module_state),
+    .m_methods = methods,
+    .m_slots = slots,
+    .m_traverse = traverse,
+    .m_clear = clear,
+    .m_free = module_free,
+};
+
+PyMODINIT_FUNC PyInit__C(void);
+
+PyMODINIT_FUNC PyInit__C(void)
+{
+    return PyModuleDef_Init(&definition);
+}

@@ -8,40 +8,39 @@ struct mil_plan {
     mil_plan_header header;
 };
 
-/* Lay the arrays out behind the header; with a plan, also point batch at them. Returns the bytes. */
+/* Hands out pieces of a plan, each aligned; with no plan it only counts. */
+typedef struct cursor {
+    char *plan;
+    size_t offset;
+} cursor;
+
+static void *take(cursor *at, int32_t n, size_t item_bytes)
+{
+    void *piece = at->plan == NULL ? NULL : at->plan + at->offset;
+    at->offset += mil_round_up((size_t)n * item_bytes, MIL_ALIGN);
+    return piece;
+}
+
+/* Lay the arrays out in the plan (NULL: nowhere), in mil_batch's order. Returns the bytes. */
 static size_t lay_out(const mil_plan_limits *limits, char *plan, mil_batch *batch)
 {
-    size_t seqs = (size_t)limits->max_seqs;
-    size_t tokens = (size_t)limits->max_tokens;
-    size_t rows = (size_t)limits->max_logit_rows;
-    size_t segments = (size_t)limits->max_adapter_slots;
-    struct {
-        void **pointer;
-        size_t n_bytes;
-    } const arrays[] = {
-        {(void **)&batch->header, sizeof(mil_plan_header)},
-        {(void **)&batch->adapter_sets, segments * sizeof(mil_adapter_set)},
-        {(void **)&batch->slot_sets, seqs * sizeof(mil_slot_set)},
-        {(void **)&batch->page_sets, (size_t)limits->max_page_sets * sizeof(mil_page_set)},
-        {(void **)&batch->seq_slot, seqs * sizeof(int32_t)},
-        {(void **)&batch->query_indptr, (seqs + 1) * sizeof(int32_t)},
-        {(void **)&batch->kv_lengths, seqs * sizeof(int32_t)},
-        {(void **)&batch->tokens, tokens * sizeof(int32_t)},
-        {(void **)&batch->positions, tokens * sizeof(int32_t)},
-        {(void **)&batch->logit_rows, rows * sizeof(int32_t)},
-        {(void **)&batch->logit_slots, rows * sizeof(int32_t)},
-        {(void **)&batch->logit_feeds, rows * sizeof(int32_t)},
-        {(void **)&batch->segment_indptr, (segments + 1) * sizeof(int32_t)},
-        {(void **)&batch->segment_adapter, segments * sizeof(int32_t)},
-        {(void **)&batch->lora_rows, tokens * sizeof(int32_t)},
-    };
-    size_t offset = 0;
-    for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) {
-        if (plan != NULL)
-            *arrays[i].pointer = plan + offset;
-        offset += mil_round_up(arrays[i].n_bytes, MIL_ALIGN);
-    }
-    return offset;
+    cursor at = {plan, 0};
+    batch->header = take(&at, 1, sizeof *batch->header);
+    batch->adapter_sets = take(&at, limits->max_adapter_slots, sizeof *batch->adapter_sets);
+    batch->slot_sets = take(&at, limits->max_seqs, sizeof *batch->slot_sets);
+    batch->page_sets = take(&at, limits->max_page_sets, sizeof *batch->page_sets);
+    batch->seq_slot = take(&at, limits->max_seqs, sizeof(int32_t));
+    batch->query_indptr = take(&at, limits->max_seqs + 1, sizeof(int32_t));
+    batch->kv_lengths = take(&at, limits->max_seqs, sizeof(int32_t));
+    batch->tokens = take(&at, limits->max_tokens, sizeof(int32_t));
+    batch->positions = take(&at, limits->max_tokens, sizeof(int32_t));
+    batch->logit_rows = take(&at, limits->max_logit_rows, sizeof(int32_t));
+    batch->logit_slots = take(&at, limits->max_logit_rows, sizeof(int32_t));
+    batch->logit_feeds = take(&at, limits->max_logit_rows, sizeof(int32_t));
+    batch->segment_indptr = take(&at, limits->max_adapter_slots + 1, sizeof(int32_t));
+    batch->segment_adapter = take(&at, limits->max_adapter_slots, sizeof(int32_t));
+    batch->lora_rows = take(&at, limits->max_tokens, sizeof(int32_t));
+    return at.offset;
 }
 
 size_t mil_plan_bytes(const mil_plan_limits *limits)

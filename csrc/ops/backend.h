@@ -175,6 +175,7 @@ typedef struct mil_backend {
     int32_t default_page_size;
     int32_t lora_rank_multiple; /* 16 on the CPU */
     int32_t gate_up_interleave; /* how this backend wants gate and up merged: 16 on the CPU */
+    const void *kernels;        /* the backend's own: what its ops run on (CPU: one instruction set) */
 
     /* ---- weights ---- */
     size_t (*packed_bytes)(int32_t N, int32_t K);

@@ -1,0 +1,145 @@
+/* Inside the CPU room: the kernels of one instruction set, and how an op finds and runs them.
+ *
+ * A file x.c reads like the formula and splits the work over threads. Where speed needs it, x_simd.c
+ * stands beside it: one body that the Makefile compiles once per instruction set, ending in one
+ * `const mil_cpu_x_kernels MIL_CPU_NAME(mil_cpu_x_kernels)`. isa.c gathers those into a
+ * mil_cpu_kernels for each set; backend.c makes a mil_backend of each. All sets give the same bits.
+ *
+ * To add a kernel file: its struct here, one MIL_CPU_DECLARE line, one member of mil_cpu_kernels, one
+ * line of KERNELS in isa.c. To add an op: its prototype under "ops", one line of BACKEND in backend.c. */
+#pragma once
+
+#include "base/threads.h"
+#include "ops/backend.h"
+
+/* ---- names per instruction set ---- */
+
+#define MIL_CPU_JOIN_(stem, isa) stem##_##isa
+#define MIL_CPU_JOIN(stem, isa) MIL_CPU_JOIN_(stem, isa)
+/* In x_simd.c: the stem with this compilation's instruction set, mil_cpu_x_kernels_avx2. */
+#define MIL_CPU_NAME(stem) MIL_CPU_JOIN(stem, MIL_ISA_NAME)
+
+#ifdef __x86_64__
+#define MIL_CPU_DECLARE(type, stem)                                                                \
+    extern const type stem##_scalar;                                                               \
+    extern const type stem##_avx2;                                                                 \
+    extern const type stem##_avx512;                                                               \
+    extern const type stem##_avx512bf16
+#else
+#define MIL_CPU_DECLARE(type, stem) extern const type stem##_scalar
+#endif
+
+typedef enum mil_cpu_isa_id {
+    MIL_CPU_SCALAR = 0,
+    MIL_CPU_AVX2,
+    MIL_CPU_AVX512,
+    MIL_CPU_AVX512BF16,
+    MIL_CPU_N_ISAS,
+} mil_cpu_isa_id;
+
+/* The set that this machine and MILPY_CPU_ISA choose; *available as mil_cpu_isa. Nothing is timed. */
+mil_status mil_cpu_isa_choose(mil_cpu_isa_id *chosen, const char **available) MIL_WARN_UNUSED;
+
+/* ---- products ---- */
+
+/* K is worked through in blocks, so that a block of one panel (32 KiB) and of a tile's rows stay in
+ * the first caches. A chain goes on across blocks through y. */
+#define MIL_CPU_KC 512
+#define MIL_CPU_MAX_TILE_ROWS 16
+
+/* One tile: y[m, 0 .. width) = chain over n_pairs pairs, starting from 0 or (resume) from y itself.
+ * x: rows of one block as pack_x lays them out. panel: [n_pairs][width][2] bf16. prefetch: n_pairs
+ * cache lines that will be wanted soon, or NULL. */
+typedef void (*mil_cpu_tile_fn)(float *y, int64_t ldy, const void *x, const uint16_t *panel,
+                                int32_t n_pairs, bool resume, const void *prefetch);
+
+typedef struct mil_cpu_linear_kernels {
+    int32_t max_rows;     /* of a tile, <= MIL_CPU_MAX_TILE_ROWS */
+    int32_t x_item_bytes; /* 4: x is widened to float32; 2: pairs stay bf16 */
+    int32_t x_stride;     /* items from a packed row to the next, > MIL_CPU_KC */
+    /* n <= MIL_CPU_KC items of one row; an odd n is followed by a zero. */
+    void (*pack_x)(void *packed, const uint16_t *x, int32_t n);
+    mil_cpu_tile_fn tile32[MIL_CPU_MAX_TILE_ROWS + 1]; /* [rows]; [0] is NULL */
+    mil_cpu_tile_fn tile16[MIL_CPU_MAX_TILE_ROWS + 1];
+} mil_cpu_linear_kernels;
+MIL_CPU_DECLARE(mil_cpu_linear_kernels, mil_cpu_linear_kernels);
+
+#define MIL_CPU_EXPAND_ROWS 8
+
+typedef struct mil_cpu_lora_kernels {
+    /* y[rows[i], 0 .. width) += chain over r ascending of v[i, r] * b, for n_rows <=
+     * MIL_CPU_EXPAND_ROWS rows and n_panels panels of B ([padded_rank/2][16][2] bf16 each, one after
+     * another). Panel j adds to columns j * y_step ...; the last one is last_width wide. */
+    void (*expand)(float *y, int64_t ldy, const int32_t *rows, int32_t n_rows, const float *v,
+                   int64_t v_stride, const uint16_t *b, int32_t n_panels, int32_t padded_rank,
+                   int64_t y_step, int32_t last_width);
+} mil_cpu_lora_kernels;
+MIL_CPU_DECLARE(mil_cpu_lora_kernels, mil_cpu_lora_kernels);
+
+typedef struct mil_cpu_pack_kernels {
+    /* n_rows <= 16 rows of n items (src_stride apart) into one panel of `width` columns from column
+     * `column` of it on; pair i at panel + i * width * 2. An odd n leaves the pair's second item. */
+    void (*rows)(uint16_t *panel, int32_t width, int32_t column, const void *src, mil_dtype dtype,
+                 int64_t src_stride, int32_t n_rows, int32_t n);
+} mil_cpu_pack_kernels;
+MIL_CPU_DECLARE(mil_cpu_pack_kernels, mil_cpu_pack_kernels);
+
+/* ---- one instruction set ---- */
+
+typedef struct mil_cpu_kernels {
+    const char *name; /* "avx2" */
+    const mil_cpu_linear_kernels *linear;
+    const mil_cpu_lora_kernels *lora;
+    const mil_cpu_pack_kernels *pack;
+} mil_cpu_kernels;
+MIL_CPU_DECLARE(mil_cpu_kernels, mil_cpu_kernels);
+
+static inline const mil_cpu_kernels *mil_cpu_kernels_of(const mil_context *context)
+{
+    return (const mil_cpu_kernels *)context->backend->kernels;
+}
+
+/* ---- work ---- */
+
+/* Run fn on every thread of the context's pool; on the caller alone where there is none. */
+void mil_cpu_run(const mil_context *context, mil_task_fn fn, void *argument);
+/* Inside such a task: wait for every thread. */
+void mil_cpu_barrier(const mil_context *context, int32_t thread);
+int32_t mil_cpu_n_threads(const mil_context *context);
+
+/* This thread's share [*begin, *end) of n items, contiguous and even. */
+static inline void mil_cpu_share(int64_t n, int32_t thread, int32_t n_threads, int64_t *begin,
+                                 int64_t *end)
+{
+    *begin = n * thread / n_threads;
+    *end = n * (thread + 1) / n_threads;
+}
+
+/* ---- ops ---- */
+
+/* Packing slots get no context, so each instruction set has its own: mil_cpu_pack_avx2 and so on. */
+#define MIL_CPU_DECLARE_PACK(isa)                                                                  \
+    void mil_cpu_pack_##isa(mil_weight *weight, int32_t part, int32_t row, int32_t n_rows,         \
+                            const void *src, mil_dtype dtype, int64_t src_stride);                 \
+    void mil_cpu_lora_pack_a_##isa(void *packed, const uint16_t *a, int64_t stride, int32_t rank,  \
+                                   int32_t in);                                                    \
+    void mil_cpu_lora_pack_b_##isa(void *packed, const uint16_t *b, int64_t stride, int32_t out,   \
+                                   int32_t rank)
+MIL_CPU_DECLARE_PACK(scalar);
+#ifdef __x86_64__
+MIL_CPU_DECLARE_PACK(avx2);
+MIL_CPU_DECLARE_PACK(avx512);
+MIL_CPU_DECLARE_PACK(avx512bf16);
+#endif
+size_t mil_cpu_packed_bytes(int32_t N, int32_t K);
+size_t mil_cpu_lora_a_bytes(int32_t rank, int32_t in);
+size_t mil_cpu_lora_b_bytes(int32_t out, int32_t rank);
+
+/* What a product with lora needs of the workspace, for M rows of K items. */
+size_t mil_cpu_linear_workspace(int32_t M, int32_t K);
+
+mil_status mil_cpu_linear(mil_context *context, const mil_linear_args *args);
+mil_status mil_cpu_lora_shrink(mil_context *context, const mil_lora_shrink_args *args);
+mil_status mil_cpu_lora_expand(mil_context *context, const mil_lora_expand_args *args);
+mil_status mil_cpu_linear_lora(mil_context *context, const mil_linear_args *args,
+                               const mil_lora_args *lora);

@@ -59,7 +59,9 @@ class Machine:
         self._library = _library()
         self.n_threads = n_threads
         allowed = sorted(os.sched_getaffinity(0))
-        self._cpus = (ctypes.c_int * n_threads)(*(allowed[i % len(allowed)] for i in range(n_threads)))
+        self._cpus = (ctypes.c_int * n_threads)(
+            *(allowed[i % len(allowed)] for i in range(n_threads))
+        )
         self.n_bytes = max(MIN_BUFFER_BYTES, 2 * last_level_cache_bytes())
         self._buffer = self._library.roof_buffer(self.n_bytes)
         if not self._buffer:

@@ -417,7 +417,7 @@ def _read_rope_object(
     for extra in fields.left_over():
         if fields.has(extra):
             fields.fail(
-                extra, f"only the fields of rope type {kind}: {', '.join(wanted) or 'none'}"
+                extra, f"absent: rope_type {kind} takes {', '.join(('rope_theta', *wanted))}"
             )
     return _rope(kind, 10000.0 if theta is None else theta, original, factor, low, high)
 

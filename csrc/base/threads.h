@@ -1,10 +1,12 @@
-/* A pool of pinned worker threads for fork-join regions, and what a machine offers.
+/* A pool of pinned worker threads for fork-join regions.
  *
- * A pool belongs to one rank. The thread that calls mil_pool_run takes part as thread 0. Workers spin
- * about 50 us for the next region, then sleep on a futex; where threads exceed the CPUs that the
- * affinity mask allows, they sleep at once. After fork a pool is dead: running it is an error. */
+ * A pool belongs to one rank. The thread that calls mil_pool_run takes part as thread 0. Workers
+ * spin about 50 us for the next region, then sleep on a futex; where threads exceed the CPUs that
+ * the affinity mask allows, they sleep at once. After fork a pool is dead: running it is an error.
+ */
 #pragma once
 
+#include "base/machine.h"
 #include "base/status.h"
 
 #include <stdbool.h>
@@ -30,8 +32,9 @@ void mil_pool_run(mil_pool *pool, mil_task_fn fn, void *argument);
 /* Inside a task: wait until every thread of the pool is here. */
 void mil_pool_barrier(mil_pool *pool, int32_t thread);
 
-/* What a caller's thread must hold while it steps: flush-to-zero and denormals-are-zero (so that every
- * instruction set gives the same bits), and its place in the affinity mask. Workers always hold it. */
+/* What a caller's thread must hold while it steps: flush-to-zero and denormals-are-zero (so that
+ * every instruction set gives the same bits), and its place in the affinity mask. Workers always
+ * hold it. */
 typedef struct mil_thread_state {
     uint32_t mxcsr;
     bool was_pinned;
@@ -41,19 +44,6 @@ typedef struct mil_thread_state {
 /* Returns MIL_ERR_DEVICE in a forked child ("the engine belongs to process N"). */
 mil_status mil_pool_enter(mil_pool *pool, mil_thread_state *saved) MIL_WARN_UNUSED;
 void mil_pool_leave(mil_pool *pool, const mil_thread_state *saved);
-
-/* CPUs that a model should use, best first: one per physical core of the affinity mask, cut by the
- * cgroup quota (rounded up), written to cpus[max]. Returns how many (>= 1). */
-int32_t mil_cpus_usable(int32_t *cpus, int32_t max);
-/* CPUs in the affinity mask. */
-int32_t mil_cpus_allowed(void);
-/* CPU quota of the cgroup (v1 or v2); 0: none. */
-double mil_cgroup_cpus(void);
-/* Bytes this process may use in all: physical memory cut by the cgroup limits (v1 or v2). */
-uint64_t mil_memory_limit_bytes(void);
-/* Of those, bytes now free (MemAvailable, and the cgroup's limit less its usage; page cache counts as
- * free). */
-uint64_t mil_memory_free_bytes(void);
 
 #ifdef __cplusplus
 }

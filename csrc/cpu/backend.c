@@ -1,5 +1,5 @@
-/* The CPU's table of ops, one for each instruction set, and its device calls, which are trivial: host
- * memory, a queue of one. */
+/* The CPU's table of ops, one for each instruction set, and its device calls, which are trivial:
+ * host memory, a queue of one. */
 #include "cpu/cpu.h"
 
 #include <string.h>

@@ -130,8 +130,9 @@ mil_status mil_cpu_isa_choose(mil_cpu_isa_id *chosen, const char **available)
             return MIL_OK;
         }
     }
-    return mil_fail(MIL_ERR_ARGUMENT, "MILPY_CPU_ISA is \"%s\", expected one that this machine has: %s",
-                    forced, *available);
+    return mil_fail(MIL_ERR_ARGUMENT,
+                    "MILPY_CPU_ISA is \"%s\", expected one that this machine has: %s", forced,
+                    *available);
 }
 
 mil_status mil_cpu_isa(const char **in_use, const char **available)

@@ -1,9 +1,10 @@
 /* Products over packed weights, with LoRA beside them: y = x W^T (+ bias) (+ scale (x A^T) B^T).
  *
- * One parallel region does a whole linear: x is packed by all threads; then base panels and the 16-wide
- * A panels of all segments are one list of work, taken by a counter; after a barrier, expand adds to y.
- * Who computes a panel never changes its bits: an output is one chain over all K, inside one thread,
- * and rows of a tile do not mix. Bound by bytes for few rows and by FMA for many. */
+ * One parallel region does a whole linear: x is packed by all threads; then base panels and the
+ * 16-wide A panels of all segments are one list of work, taken by a counter; after a barrier,
+ * expand adds to y. Who computes a panel never changes its bits: an output is one chain over all K,
+ * inside one thread, and rows of a tile do not mix. Bound by bytes for few rows and by FMA for
+ * many. */
 #include "cpu/cpu.h"
 
 #include <stdatomic.h>
@@ -161,7 +162,8 @@ static const mil_lora_module *module_of(const product *p, int32_t segment, int32
                          lora->projections[part]);
 }
 
-/* v = scale * chain, for a run of rows that follow one another in x: i in [begin, end) of lora_rows. */
+/* v = scale * chain, for a run of rows that follow one another in x: i in [begin, end) of
+ * lora_rows. */
 static void shrink_run(const product *p, const mil_lora_module *module, const uint16_t *panel,
                        float *v, int32_t first_row, int32_t rows)
 {
@@ -195,8 +197,8 @@ static void shrink_panel(const product *p, int32_t segment, int32_t part, int32_
         int32_t run = 1;
         while (i + run < end && rows[i + run] == rows[i] + run)
             run++;
-        float *v = p->lora->v + i * p->lora->v_stride + part * p->lora->v_part_stride +
-                   panel * GROUP;
+        float *v =
+            p->lora->v + i * p->lora->v_stride + part * p->lora->v_part_stride + panel * GROUP;
         shrink_run(p, module, a, v, rows[i], run);
         i += run;
     }
@@ -239,8 +241,7 @@ static void expand_part(const product *p, int32_t segment, int32_t part, int32_t
     int32_t column = mil_weight_row(p->weight, part, begin * GROUP);
     int32_t step = p->weight->interleave > 0 ? GROUP * p->weight->n_parts : GROUP;
     int32_t last_width = smaller(GROUP, module->out - (end - 1) * GROUP);
-    const uint16_t *b =
-        (const uint16_t *)module->b + (int64_t)begin * GROUP * module->padded_rank;
+    const uint16_t *b = (const uint16_t *)module->b + (int64_t)begin * GROUP * module->padded_rank;
     int32_t last = batch->segment_indptr[segment + 1];
     for (int32_t i = batch->segment_indptr[segment]; i < last; i += MIL_CPU_EXPAND_ROWS) {
         const float *v = p->lora->v + i * p->lora->v_stride + part * p->lora->v_part_stride;

@@ -53,8 +53,7 @@ static void pack_weight(const mil_cpu_pack_kernels *kernels, mil_weight *weight,
         int32_t run = smaller(n_rows, GROUP - packed_row % GROUP);
         if (weight->interleave > 0)
             run = smaller(run, weight->interleave - row % weight->interleave);
-        pack_run(kernels, weight->data, PANEL, packed_row, from, dtype, src_stride, run,
-                 weight->K);
+        pack_run(kernels, weight->data, PANEL, packed_row, from, dtype, src_stride, run, weight->K);
         from += (size_t)run * (size_t)src_stride * mil_dtype_bytes(dtype);
         row += run;
         n_rows -= run;

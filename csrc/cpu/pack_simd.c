@@ -1,30 +1,9 @@
-/* The inner part of packing: 16 rows of a weight into 16 columns of a panel, pairs of k side by side;
- * that is a transpose of dwords. F16 and F32 are rounded to bfloat16 once, nearest even, by integer
- * arithmetic, so that the caller's floating-point modes do not matter. */
+/* The inner part of packing: 16 rows of a weight into 16 columns of a panel, pairs of k side by
+ * side; that is a transpose of dwords. F16 and F32 are rounded to bfloat16 once, nearest even, by
+ * integer arithmetic, so that the caller's floating-point modes do not matter. */
 #include "base/bf16.h"
+#include "base/f16.h"
 #include "cpu/cpu.h"
-
-static float float_from_half(uint16_t half)
-{
-    uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
-    uint32_t exponent = (half >> 10) & 0x1fu;
-    uint32_t fraction = half & 0x3ffu;
-    uint32_t bits;
-    if (exponent == 0x1f) {
-        bits = 0x7f800000u | fraction << 13;
-    } else if (exponent != 0) {
-        bits = (exponent + 112) << 23 | fraction << 13;
-    } else if (fraction != 0) {
-        uint32_t shift = (uint32_t)__builtin_clz(fraction) - 21;
-        bits = (113 - shift) << 23 | ((fraction << shift) & 0x3ffu) << 13;
-    } else {
-        bits = 0;
-    }
-    bits |= sign;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 static uint16_t item(const void *src, mil_dtype dtype, int64_t index)
 {
@@ -32,7 +11,7 @@ static uint16_t item(const void *src, mil_dtype dtype, int64_t index)
     case MIL_DTYPE_F32:
         return mil_bf16_from_float(((const float *)src)[index]);
     case MIL_DTYPE_F16:
-        return mil_bf16_from_float(float_from_half(((const uint16_t *)src)[index]));
+        return mil_bf16_from_float(mil_f16_to_float(((const uint16_t *)src)[index]));
     default:
         return ((const uint16_t *)src)[index];
     }

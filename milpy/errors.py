@@ -24,6 +24,10 @@ class AdapterError(MilpyError, ValueError):
     """An adapter folder that would not apply exactly as its author meant."""
 
 
+class TokenizerError(MilpyError, ValueError):
+    """A tokenizer or chat template is missing, malformed, or not for the model beside it."""
+
+
 class HubError(MilpyError):
     """A model or adapter is neither a local folder nor to be had from the Hugging Face Hub."""
 

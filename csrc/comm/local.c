@@ -8,7 +8,7 @@
 #include "comm/comm.h"
 
 #include "base/memory.h"
-#include "base/threads.h"
+#include "base/machine.h"
 
 #include <pthread.h>
 #include <stdatomic.h>

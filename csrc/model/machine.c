@@ -1,17 +1,16 @@
-/* What this machine offers a model, for reports. */
+#include "base/machine.h"
 #include "milpy.h"
-
-#include "base/threads.h"
 #include "ops/backend.h"
 
 #include <string.h>
 
 mil_status mil_machine_report_get(mil_machine_report *report)
 {
+    enum { MAX_CPUS = 1024 };
+    int32_t cpus[MAX_CPUS];
     memset(report, 0, sizeof *report);
     MIL_TRY(mil_cpu_isa(&report->isa, &report->isa_available));
-    int32_t cpus[1024];
-    report->n_threads = mil_cpus_usable(cpus, (int32_t)(sizeof cpus / sizeof cpus[0]));
+    report->n_threads = mil_cpus_usable(cpus, MAX_CPUS);
     report->n_cpus_affinity = mil_cpus_allowed();
     report->cgroup_cpus = mil_cgroup_cpus();
     report->memory_bytes = mil_memory_limit_bytes();

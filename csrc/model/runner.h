@@ -1,7 +1,9 @@
-/* Execution state of a model for one driver: KV pages, slots, LoRA table and activations of every rank.
+/* Execution state of a model for one driver: KV pages, slots, LoRA table and activations of every
+ * rank.
  *
  * Engine and Stepper each own a runner over a shared model; a step takes the model's step lock. One
- * runner step is: apply the plan's commands, forward, sample. Depth of the queue on the CPU: one. */
+ * runner step is: apply the plan's commands, forward, sample. Depth of the queue on the CPU: one.
+ */
 #pragma once
 
 #include "milpy.h"

@@ -73,10 +73,10 @@ def parse(
 
     def real(digits: str) -> float:
         if unsigned_only:
-            fail(f"has the number {show(digits)}, expected an unsigned 64-bit integer")
+            fail(f"has the number {digits[:32]}, expected an unsigned 64-bit integer")
         value = float(digits)
         if not math.isfinite(value):
-            fail(f"has the number {show(digits)}, expected one that is finite in 64 bits")
+            fail(f"has the number {digits[:32]}, expected one that is finite in 64 bits")
         return value
 
     def constant(name: str) -> NoReturn:

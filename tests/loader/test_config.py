@@ -183,7 +183,7 @@ REFUSALS = [
     ({"rope_parameters": {"type": "linear", "rope_type": "default"}}, "rope_type", "one name"),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor is absent", "a number in 1.."),
     ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor is 0.5", "1.."),
-    ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor is 2.0", "type default takes"),
+    ({"rope_parameters": {"factor": 2.0}}, "factor is 2.0", "type default takes"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor", "null or 1"),
     ({"rope_parameters": {"full_attention": {}}}, "full_attention", "type default takes"),
     ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4}}, "high_freq_factor is 4.0", "4"),

@@ -46,6 +46,16 @@ void mil_file_close(mil_file *file)
     memset(file, 0, sizeof *file);
 }
 
+static mil_status fail_shrunk(const mil_file *file)
+{
+    struct stat found;
+    if (fstat(file->fd, &found) != 0)
+        return mil_fail(MIL_ERR_FILE, "%s: fstat failed: %m", file->path);
+    return mil_fail(MIL_ERR_FILE,
+                    "%s: shrank while it was read: found %lld bytes, expected %" PRIu64, file->path,
+                    (long long)found.st_size, file->n_bytes);
+}
+
 mil_status mil_file_read(const mil_file *file, void *out, uint64_t offset, size_t n_bytes)
 {
     if (offset > file->n_bytes || n_bytes > file->n_bytes - offset)
@@ -58,10 +68,7 @@ mil_status mil_file_read(const mil_file *file, void *out, uint64_t offset, size_
         if (n > 0)
             done += (size_t)n;
         else if (n == 0)
-            return mil_fail(MIL_ERR_FILE,
-                            "%s: shrank while it was read: ends at %" PRIu64 ", expected %" PRIu64
-                            " bytes",
-                            file->path, offset + done, file->n_bytes);
+            return fail_shrunk(file);
         else if (errno != EINTR)
             return mil_fail(MIL_ERR_FILE, "%s: reading %zu bytes at %" PRIu64 " failed: %m",
                             file->path, n_bytes - done, offset + done);

@@ -14,6 +14,15 @@ void mil_cpu_run(const mil_context *context, mil_task_fn fn, void *argument)
         mil_pool_run(context->pool, fn, argument);
 }
 
+void mil_cpu_run_sized(const mil_context *context, mil_task_fn fn, void *argument,
+                       int64_t n_elements)
+{
+    if (n_elements < 16384)
+        fn(argument, 0, 1);
+    else
+        mil_cpu_run(context, fn, argument);
+}
+
 void mil_cpu_barrier(const mil_context *context, int32_t thread)
 {
     if (context->pool != NULL)
@@ -51,18 +60,6 @@ static const mil_device device = {
 
 /* ---- ops ---- */
 
-/* Ops run in order and share one workspace, so the largest need decides. */
-static size_t workspace_bytes(const mil_maxima *maxima)
-{
-    int32_t attention_width = maxima->n_heads * maxima->head_dim;
-    int32_t widest_input = maxima->hidden;
-    if (widest_input < maxima->ffn)
-        widest_input = maxima->ffn;
-    if (widest_input < attention_width)
-        widest_input = attention_width;
-    return mil_cpu_linear_workspace(maxima->max_tokens, widest_input);
-}
-
 #define BACKEND(isa)                                                                               \
     {                                                                                              \
         .name = "cpu",                                                                             \
@@ -77,7 +74,14 @@ static size_t workspace_bytes(const mil_maxima *maxima)
         .lora_b_bytes = mil_cpu_lora_b_bytes,                                                      \
         .lora_pack_a = mil_cpu_lora_pack_a_##isa,                                                  \
         .lora_pack_b = mil_cpu_lora_pack_b_##isa,                                                  \
-        .workspace_bytes = workspace_bytes,                                                        \
+        .workspace_bytes = mil_cpu_workspace_bytes,                                                \
+        .gather_tokens = mil_cpu_gather_tokens,                                                    \
+        .embed = mil_cpu_embed,                                                                    \
+        .norm = mil_cpu_norm,                                                                      \
+        .rope_write = mil_cpu_rope_write,                                                          \
+        .attention = mil_cpu_attention,                                                            \
+        .act = mil_cpu_act,                                                                        \
+        .sample = mil_cpu_sample,                                                                  \
         .linear = mil_cpu_linear,                                                                  \
         .lora_shrink = mil_cpu_lora_shrink,                                                        \
         .lora_expand = mil_cpu_lora_expand,                                                        \

@@ -84,6 +84,97 @@ typedef struct mil_cpu_pack_kernels {
 } mil_cpu_pack_kernels;
 MIL_CPU_DECLARE(mil_cpu_pack_kernels, mil_cpu_pack_kernels);
 
+/* ---- the other ops ---- */
+
+typedef struct mil_cpu_norm_kernels {
+    void (*add)(float *x, const float *residual, int32_t n);
+    void (*norm)(uint16_t *out, const float *x, const float *weight, int32_t n, float eps,
+                 float offset);
+} mil_cpu_norm_kernels;
+MIL_CPU_DECLARE(mil_cpu_norm_kernels, mil_cpu_norm_kernels);
+
+typedef struct mil_cpu_rope_kernels {
+    /* One head. cosines, sines: [rotary_dim / 2] of its position. */
+    void (*rotate)(uint16_t *out, const float *x, const float *cosines, const float *sines,
+                   int32_t head_dim, int32_t rotary_dim, bool is_interleaved);
+    void (*round)(uint16_t *out, const float *x, int32_t n);
+} mil_cpu_rope_kernels;
+MIL_CPU_DECLARE(mil_cpu_rope_kernels, mil_cpu_rope_kernels);
+
+typedef struct mil_cpu_act_kernels {
+    /* One row. gate_up: [2 F], groups of `interleave` columns alternating; 0: gate then up. */
+    void (*silu_mul)(uint16_t *out, const float *gate_up, int32_t ffn, int32_t interleave);
+} mil_cpu_act_kernels;
+MIL_CPU_DECLARE(mil_cpu_act_kernels, mil_cpu_act_kernels);
+
+/* Lengths, in keys, that attention's results depend on: softmax goes block by block, a long KV is cut
+ * into splits that are merged in order. Both lie at absolute multiples. */
+#define MIL_CPU_KV_BLOCK 64
+#define MIL_CPU_KV_SPLIT 1024
+/* Rows (queries x heads of a group) of one tile; more only where one query's group is larger. */
+#define MIL_CPU_ATTENTION_ROWS 64
+
+/* One thread's scratch for attention. width: head_dim rounded up to 16. */
+typedef struct mil_cpu_attention_scratch {
+    float *q;      /* [rows][head_dim] */
+    float *k;      /* [head_dim][64]: a block, transposed */
+    float *v;      /* [64][width]: a block */
+    float *scores; /* [8][64] */
+    float *lanes;  /* [rows][16]: a split's sums, before the tree */
+} mil_cpu_attention_scratch;
+
+/* Softmax's state after some keys: running maximum, sum of weights, weighted sum of values. */
+typedef struct mil_cpu_attention_part {
+    float *m; /* [rows] */
+    float *l; /* [rows] */
+    float *o; /* [rows][width] */
+} mil_cpu_attention_part;
+
+/* Consecutive queries of one sequence, for the query heads that share one kv head. Row r is query
+ * r / group, head r % group; query i sees keys [max(0, n_visible + i - window), n_visible + i). */
+typedef struct mil_cpu_attention_tile {
+    const mil_attention_args *args;
+    mil_cpu_attention_scratch scratch;
+    const uint16_t *q; /* of the first query and head; a query is ld further */
+    uint16_t *out;     /* likewise */
+    int64_t ld;
+    const uint16_t *k; /* of the layer and kv head; a page is page_stride further */
+    const uint16_t *v;
+    int64_t page_stride;
+    const int32_t *pages; /* of the sequence */
+    int32_t n_queries, group;
+    int32_t n_visible; /* keys that the first query sees, were there no window */
+} mil_cpu_attention_tile;
+
+typedef struct mil_cpu_attention_kernels {
+    void (*load_queries)(const mil_cpu_attention_tile *tile);
+    /* The state after the split's keys alone; m is -inf in rows that see none of them. */
+    void (*split)(const mil_cpu_attention_tile *tile, int32_t split,
+                  const mil_cpu_attention_part *part);
+    /* total = total merged with part, whose keys come after it. */
+    void (*merge)(const mil_cpu_attention_part *total, const mil_cpu_attention_part *part,
+                  int32_t n_rows, int32_t width);
+    void (*finish)(const mil_cpu_attention_tile *tile, const mil_cpu_attention_part *total);
+} mil_cpu_attention_kernels;
+MIL_CPU_DECLARE(mil_cpu_attention_kernels, mil_cpu_attention_kernels);
+
+#define MIL_CPU_SAMPLE_BLOCK 64 /* logits of one maximum */
+
+typedef struct mil_cpu_sample_kernels {
+    /* Largest of each block of n logits, and of all; that is a NaN where the logits hold one. */
+    float (*maxima)(float *block_max, const float *x, int32_t n);
+    /* Sum, and each, of e^((x - top) * factor). out may be x. */
+    float (*sum_weights)(const float *x, int32_t n, float top, float factor);
+    void (*weights)(float *out, const float *x, int32_t n, float top, float factor);
+    /* Ids of logits >= threshold, ascending; returns how many. */
+    int32_t (*collect)(int32_t *ids, const float *x, int32_t n, const float *block_max,
+                       float threshold);
+    /* Logits that rank before x[id]: larger, or equal with a lower id. */
+    int32_t (*count_before)(const float *x, int32_t n, int32_t id);
+    float (*log)(float x);
+} mil_cpu_sample_kernels;
+MIL_CPU_DECLARE(mil_cpu_sample_kernels, mil_cpu_sample_kernels);
+
 /* ---- one instruction set ---- */
 
 typedef struct mil_cpu_kernels {
@@ -91,6 +182,11 @@ typedef struct mil_cpu_kernels {
     const mil_cpu_linear_kernels *linear;
     const mil_cpu_lora_kernels *lora;
     const mil_cpu_pack_kernels *pack;
+    const mil_cpu_norm_kernels *norm;
+    const mil_cpu_rope_kernels *rope;
+    const mil_cpu_act_kernels *act;
+    const mil_cpu_attention_kernels *attention;
+    const mil_cpu_sample_kernels *sample;
 } mil_cpu_kernels;
 MIL_CPU_DECLARE(mil_cpu_kernels, mil_cpu_kernels);
 
@@ -103,6 +199,10 @@ static inline const mil_cpu_kernels *mil_cpu_kernels_of(const mil_context *conte
 
 /* Run fn on every thread of the context's pool; on the caller alone where there is none. */
 void mil_cpu_run(const mil_context *context, mil_task_fn fn, void *argument);
+/* As mil_cpu_run, but on the caller alone (n_threads 1) where n_elements, of work of about a nanosecond
+ * for four, are not worth waking a thread. */
+void mil_cpu_run_sized(const mil_context *context, mil_task_fn fn, void *argument,
+                       int64_t n_elements);
 /* Inside such a task: wait for every thread. */
 void mil_cpu_barrier(const mil_context *context, int32_t thread);
 int32_t mil_cpu_n_threads(const mil_context *context);
@@ -138,6 +238,20 @@ size_t mil_cpu_lora_b_bytes(int32_t out, int32_t rank);
 /* What a product with lora needs of the workspace, for M rows of K items. */
 size_t mil_cpu_linear_workspace(int32_t M, int32_t K);
 
+/* What attention and sampling need of it. */
+size_t mil_cpu_attention_workspace(const mil_maxima *maxima);
+size_t mil_cpu_sample_workspace(const mil_maxima *maxima);
+/* The largest need of any op: they run one after another. */
+size_t mil_cpu_workspace_bytes(const mil_maxima *maxima);
+
+mil_status mil_cpu_gather_tokens(mil_context *context, int32_t *tokens, const mil_batch *batch,
+                                 const mil_slots *slots);
+mil_status mil_cpu_embed(mil_context *context, const mil_embed_args *args);
+mil_status mil_cpu_norm(mil_context *context, const mil_norm_args *args);
+mil_status mil_cpu_rope_write(mil_context *context, const mil_rope_write_args *args);
+mil_status mil_cpu_attention(mil_context *context, const mil_attention_args *args);
+mil_status mil_cpu_act(mil_context *context, const mil_act_args *args);
+mil_status mil_cpu_sample(mil_context *context, const mil_sample_args *args);
 mil_status mil_cpu_linear(mil_context *context, const mil_linear_args *args);
 mil_status mil_cpu_lora_shrink(mil_context *context, const mil_lora_shrink_args *args);
 mil_status mil_cpu_lora_expand(mil_context *context, const mil_lora_expand_args *args);

@@ -20,6 +20,11 @@
         .linear = &mil_cpu_linear_kernels_##isa,                                                   \
         .lora = &mil_cpu_lora_kernels_##isa,                                                       \
         .pack = &mil_cpu_pack_kernels_##isa,                                                       \
+        .norm = &mil_cpu_norm_kernels_##isa,                                                       \
+        .rope = &mil_cpu_rope_kernels_##isa,                                                       \
+        .act = &mil_cpu_act_kernels_##isa,                                                         \
+        .attention = &mil_cpu_attention_kernels_##isa,                                             \
+        .sample = &mil_cpu_sample_kernels_##isa,                                                   \
     }
 
 KERNELS(scalar);

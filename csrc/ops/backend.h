@@ -136,6 +136,9 @@ typedef struct mil_act_args {
     mil_activation kind;
 } mil_act_args;
 
+/* The token of a row whose logits hold a NaN or no finite maximum: the request ends with an error. */
+#define MIL_TOKEN_NUMERICS (-1)
+
 /* Choose a token for each row. Greedy and ties: the lowest id. Temperature, then top-k, then top-p
  * (the smallest set of best tokens whose probability reaches top_p, at least one), then one draw. */
 typedef struct mil_sample_args {

@@ -27,6 +27,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 
 def resolve_model(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a model or adapter. HubError says what was looked for and where."""
+    if path_or_id == "":
+        raise HubError("model name is empty, expected a folder or the id of a Hub repository")
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         if revision is not None:

@@ -2,34 +2,6 @@
 
 #include <math.h>
 
-size_t mil_dtype_bytes(mil_dtype dtype)
-{
-    return dtype == MIL_DTYPE_F32 || dtype == MIL_DTYPE_I32 ? 4 : 2;
-}
-
-const char *mil_dtype_name(mil_dtype dtype)
-{
-    switch (dtype) {
-    case MIL_DTYPE_F32:
-        return "float32";
-    case MIL_DTYPE_BF16:
-        return "bfloat16";
-    case MIL_DTYPE_F16:
-        return "float16";
-    case MIL_DTYPE_I32:
-        return "int32";
-    }
-    return "an unknown dtype";
-}
-
-const char *mil_projection_name(mil_projection projection)
-{
-    static const char *const names[MIL_N_PROJECTIONS] = {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    };
-    return (unsigned)projection < MIL_N_PROJECTIONS ? names[projection] : "an unknown projection";
-}
-
 static mil_status check_sizes(const mil_config *config)
 {
     /* A bound that keeps products of any two in an int64_t and rows of any one in an int32_t. */

@@ -86,6 +86,8 @@ SRC_EXT  := $(wildcard csrc/python/*.c)
 OBJ_EXT  := $(patsubst %.c,$(BUILD)/py$(EXT_SUFFIX)/%.o,$(SRC_EXT))
 
 TESTS    := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c))
+# What pytest reaches the backend's ops through, by ctypes. One path whatever BUILD is.
+SHIM     := build/tests/libshim.so
 FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 
 .DEFAULT_GOAL := all
@@ -142,6 +144,12 @@ $(TESTS): $(BUILD)/tests/%: tests/c/%.c $(LIB) Makefile
 	@echo "  cc   $@"
 	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/c -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
 
+$(SHIM): $(wildcard tests/shim/*.c tests/shim/*.h csrc/ops/*.h) $(LIB) Makefile
+	@mkdir -p $(@D)
+	@echo "  link $@"
+	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/shim -shared $(filter %.c,$^) -o $@.new $(LIB) $(LINK) -lm
+	@mv -f $@.new $@
+
 $(FUZZERS): $(BUILD)/fuzz/%: tests/fuzz/%.c $(LIB) Makefile
 	@mkdir -p $(@D)
 	@echo "  cc   $@"
@@ -186,6 +194,7 @@ demo: $(VENV)/.stamp-base     ## set up, then one batch: the base and three adap
 MARKS ?= not ref and not gpu and not multigpu
 test: $(VENV)/.stamp-test     ## set up, then the C tests and every pytest that needs no GPU and no torch
 	@$(MAKE) ext PYTHON=$(VPY)
+	@$(MAKE) $(SHIM)
 	@$(MAKE) test-c
 	$(VPY) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
 
@@ -218,7 +227,8 @@ run-fuzzers: $(FUZZERS)
 
 # ---- form ----
 
-C_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c tests/c/*.h tests/c/*.c tests/fuzz/*.h tests/fuzz/*.c)
+C_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c tests/c/*.h tests/c/*.c tests/shim/*.h \
+	tests/shim/*.c tests/fuzz/*.h tests/fuzz/*.c)
 
 format: $(VENV)/.stamp-dev    ## rewrite C and Python in the house's format
 	$(VENV)/bin/clang-format -i $(C_FILES)

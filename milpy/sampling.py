@@ -79,22 +79,24 @@ class SamplingParams:
             if name in NOT_BUILT:
                 raise RequestError(f"{name} is {show(others[name])}: not built yet")
             raise TypeError(f"SamplingParams has no parameter {name!r}")
-        if _integer("n", n, 1, MAX_INT32) != 1:
+        if check_integer("n", n, 1, MAX_INT32) != 1:
             raise RequestError(f"n is {n}, expected 1: several answers per prompt not built yet")
         values = {
             "n": 1,
             "temperature": _temperature(temperature),
-            "top_k": max(_integer("top_k", top_k, -1, MAX_INT32), 0),
+            "top_k": max(check_integer("top_k", top_k, -1, MAX_INT32), 0),
             "top_p": _top_p(top_p),
-            "seed": None if seed is None else _integer("seed", seed, 0, (1 << 64) - 1),
+            "seed": _optional("seed", seed, 0, (1 << 64) - 1),
             "stop": _stop_strings(stop),
             "stop_token_ids": _stop_token_ids(stop_token_ids),
             "ignore_eos": _flag("ignore_eos", ignore_eos),
             "max_tokens": (
-                None if max_tokens is None else _integer("max_tokens", max_tokens, 1, MAX_INT32)
+                None
+                if max_tokens is None
+                else check_integer("max_tokens", max_tokens, 1, MAX_INT32)
             ),
             "logprobs": (
-                None if logprobs is None else _integer("logprobs", logprobs, 0, MAX_LOGPROBS)
+                None if logprobs is None else check_integer("logprobs", logprobs, 0, MAX_LOGPROBS)
             ),
             "skip_special_tokens": _flag("skip_special_tokens", skip_special_tokens),
             "include_stop_str_in_output": _flag(
@@ -109,7 +111,8 @@ def _fail(name: str, value: object, expected: str) -> NoReturn:
     raise RequestError(f"{name} is {show(value)}, expected {expected}")
 
 
-def _integer(name: str, value: object, low: int, high: int) -> int:
+def check_integer(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int where it is one in low..high; True and 4.0 are not."""
     expected = f"an integer in {low}..{high}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         _fail(name, value, expected)
@@ -117,6 +120,10 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     if not low <= number <= high:
         _fail(name, number, expected)
     return number
+
+
+def _optional(name: str, value: object, low: int, high: int) -> int | None:
+    return None if value is None else check_integer(name, value, low, high)
 
 
 def _real(name: str, value: object, expected: str) -> float:
@@ -176,7 +183,7 @@ def _stop_token_ids(value: Iterable[int] | None) -> tuple[int, ...]:
         return ()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         _fail("stop_token_ids", value, expected)
-    tokens = tuple(_integer("stop_token_ids", token, 0, MAX_INT32) for token in value)
+    tokens = tuple(check_integer("stop_token_ids", token, 0, MAX_INT32) for token in value)
     if len(tokens) > MAX_STOPS:
         _fail("stop_token_ids", f"{len(tokens)} ids", expected)
     return tuple(dict.fromkeys(tokens))

@@ -5,11 +5,11 @@
 #include <string.h>
 
 const char *const mil_error_names[MIL_N_STATUS] = {
-    [MIL_ERR_ARGUMENT] = "RequestError",  [MIL_ERR_SHAPE] = "CheckpointError",
-    [MIL_ERR_FILE] = "CheckpointError",   [MIL_ERR_MEMORY] = "OutOfMemoryError",
+    [MIL_ERR_ARGUMENT] = "RequestError",   [MIL_ERR_SHAPE] = "CheckpointError",
+    [MIL_ERR_FILE] = "CheckpointError",    [MIL_ERR_MEMORY] = "OutOfMemoryError",
     [MIL_ERR_UNSUPPORTED] = "ConfigError", [MIL_ERR_NOT_FOUND] = "RequestError",
-    [MIL_ERR_BUSY] = "EngineError",       [MIL_ERR_CLOSED] = "EngineError",
-    [MIL_ERR_DEVICE] = "EngineError",     [MIL_ERR_NUMERICS] = "AdapterError",
+    [MIL_ERR_BUSY] = "EngineError",        [MIL_ERR_CLOSED] = "EngineError",
+    [MIL_ERR_DEVICE] = "EngineError",      [MIL_ERR_NUMERICS] = "AdapterError",
     [MIL_ERR_INTERNAL] = "EngineError",
 };
 
@@ -221,7 +221,8 @@ static int read_files(PyObject *owner, mil_borrowed *out)
     PyObject *files = PyObject_GetAttrString(owner, "files");
     PyObject *sizes = files != NULL ? PyObject_GetAttrString(owner, "file_sizes") : NULL;
     PyObject *paths = sizes != NULL ? PySequence_Fast(files, "files must be a sequence") : NULL;
-    PyObject *counts = paths != NULL ? PySequence_Fast(sizes, "file_sizes must be a sequence") : NULL;
+    PyObject *counts =
+        paths != NULL ? PySequence_Fast(sizes, "file_sizes must be a sequence") : NULL;
     int result = -1;
     if (counts == NULL)
         goto done;
@@ -305,9 +306,9 @@ static int read_module(PyObject *module, PyObject *keep, mil_adapter_module_info
     out->scale = (float)scale;
     PyObject *a = PyObject_GetAttrString(module, "a");
     PyObject *b = a != NULL ? PyObject_GetAttrString(module, "b") : NULL;
-    int result = b != NULL && read_tensor(a, keep, &out->a) == 0 && read_tensor(b, keep, &out->b) == 0
-                     ? 0
-                     : -1;
+    int result =
+        b != NULL && read_tensor(a, keep, &out->a) == 0 && read_tensor(b, keep, &out->b) == 0 ? 0
+                                                                                              : -1;
     Py_XDECREF(b);
     Py_XDECREF(a);
     return result;

@@ -19,7 +19,8 @@ int mil_attr_bool(PyObject *object, const char *name, bool *out);
 /* A milpy.config.ModelConfig. */
 int mil_read_config(PyObject *config, int32_t max_position, mil_config *out);
 
-/* C arrays built from a Checkpoint or an Adapter, and the Python objects whose text they point to. */
+/* C arrays built from a Checkpoint or an Adapter, and the Python objects whose text they point to.
+ */
 typedef struct mil_borrowed {
     PyObject *keep; /* a list */
     mil_file_info *files;
@@ -36,8 +37,8 @@ int mil_read_checkpoint(PyObject *checkpoint, mil_borrowed *out);
 int mil_read_adapter(PyObject *adapter, mil_borrowed *out);
 void mil_borrowed_release(mil_borrowed *borrowed);
 
-/* A one-dimensional int32 array (new reference) from a sequence or array of ints; values that do not
- * fit are an error, never wrapped. */
+/* A one-dimensional int32 array (new reference) from a sequence or array of ints; values that do
+ * not fit are an error, never wrapped. */
 PyArrayObject *mil_int32_array(PyObject *object, const char *what);
 
 /* (token, logprob, rank, [(token, logprob), ...]) */

@@ -1,6 +1,6 @@
-/* _C.Engine: a thread lends its stack to run(); others submit, cancel and poll. No call holds the GIL
- * while it waits, and none takes an engine lock with the GIL held for longer than the lock's short
- * sections. */
+/* _C.Engine: a thread lends its stack to run(); others submit, cancel and poll. No call holds the
+ * GIL while it waits, and none takes an engine lock with the GIL held for longer than the lock's
+ * short sections. */
 #include "python/convert.h"
 
 #include "base/memory.h"
@@ -52,9 +52,11 @@ static void give_back(engine_object *self)
 {
     mil_engine *engine = self->engine;
     self->engine = NULL;
-    Py_BEGIN_ALLOW_THREADS
-    mil_engine_free(engine);
-    Py_END_ALLOW_THREADS
+    if (self->model != NULL && mil_model_object_is_ours(self->model)) {
+        Py_BEGIN_ALLOW_THREADS
+        mil_engine_free(engine);
+        Py_END_ALLOW_THREADS
+    }
     if (self->model != NULL)
         self->model->n_users--;
     Py_CLEAR(self->model);
@@ -98,8 +100,8 @@ static PyObject *engine_run(PyObject *object, PyObject *unused)
 
 static PyObject *engine_submit(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"tokens",    "max_tokens", "stop_tokens", "adapter", "temperature",
-                            "top_k",     "top_p",      "n_logprobs",  "seed",    NULL};
+    static char *names[] = {"tokens", "max_tokens", "stop_tokens", "adapter", "temperature",
+                            "top_k",  "top_p",      "n_logprobs",  "seed",    NULL};
     engine_object *self = (engine_object *)object;
     PyObject *tokens_object;
     PyObject *stop_object = NULL;
@@ -117,8 +119,8 @@ static PyObject *engine_submit(PyObject *object, PyObject *args, PyObject *kwarg
     PyArrayObject *tokens = mil_int32_array(tokens_object, "tokens");
     PyArrayObject *stops = NULL;
     PyObject *result = NULL;
-    if (tokens == NULL || (stop_object != NULL &&
-                           (stops = mil_int32_array(stop_object, "stop_tokens")) == NULL))
+    if (tokens == NULL ||
+        (stop_object != NULL && (stops = mil_int32_array(stop_object, "stop_tokens")) == NULL))
         goto done;
     request.tokens = PyArray_DATA(tokens);
     request.n_tokens = (int32_t)PyArray_DIM(tokens, 0);
@@ -161,8 +163,8 @@ static PyObject *event_list(const mil_event *events, int32_t n)
 {
     PyObject *list = PyList_New(n);
     for (int32_t i = 0; list != NULL && i < n; i++) {
-        PyObject *sample = events[i].has_sample ? mil_sample_tuple(&events[i].sample)
-                                                : Py_NewRef(Py_None);
+        PyObject *sample =
+            events[i].has_sample ? mil_sample_tuple(&events[i].sample) : Py_NewRef(Py_None);
         PyObject *event = sample == NULL ? NULL
                                          : Py_BuildValue("(KiN)", (unsigned long long)events[i].id,
                                                          (int)events[i].finish, sample);
@@ -233,8 +235,8 @@ static PyObject *engine_stats(PyObject *object, PyObject *unused)
     mil_engine_stats stats;
     Py_BEGIN_ALLOW_THREADS
     mil_engine_stats_get(engine, &stats);
-    Py_END_ALLOW_THREADS
-    ((engine_object *)object)->n_inside--;
+    Py_END_ALLOW_THREADS((engine_object *)object)
+    ->n_inside--;
     return Py_BuildValue(
         "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:K,s:K,s:K,s:K,s:n,s:n}", "n_waiting", stats.n_waiting,
         "n_running", stats.n_running, "n_pages", stats.n_pages, "n_free_pages", stats.n_free_pages,

@@ -1,6 +1,13 @@
 /* _C.Model: a loaded model and its adapters. Long calls run without the GIL. */
 #include "python/convert.h"
 
+#include <unistd.h>
+
+bool mil_model_object_is_ours(const mil_model_object *object)
+{
+    return object->owner == getpid();
+}
+
 mil_model *mil_model_object_use(mil_module_state *state, mil_model_object *object)
 {
     if (object->model == NULL) {
@@ -57,6 +64,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         mil_borrowed_release(&source);
         return NULL;
     }
+    self->owner = getpid();
     mil_model_options options = {
         .device = device,
         .tensor_parallel = tensor_parallel,
@@ -65,7 +73,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     };
     mil_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = open_model(&self->model, &config, &source, checkpoint == Py_None, dummy_seed, &options);
+    status =
+        open_model(&self->model, &config, &source, checkpoint == Py_None, dummy_seed, &options);
     Py_END_ALLOW_THREADS
     mil_borrowed_release(&source);
     if (status != MIL_OK) {
@@ -79,10 +88,12 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static void model_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
-    mil_model *model = ((mil_model_object *)object)->model;
-    Py_BEGIN_ALLOW_THREADS
-    mil_model_free(model);
-    Py_END_ALLOW_THREADS
+    if (mil_model_object_is_ours((mil_model_object *)object)) {
+        mil_model *model = ((mil_model_object *)object)->model;
+        Py_BEGIN_ALLOW_THREADS
+        mil_model_free(model);
+        Py_END_ALLOW_THREADS
+    }
     type->tp_free(object);
     Py_DECREF(type);
 }
@@ -101,7 +112,8 @@ static PyObject *model_close(PyObject *self, PyObject *unused)
     mil_model_object *object = (mil_model_object *)self;
     if (object->n_users > 0) {
         PyErr_Format(mil_state_of(self)->errors[MIL_ERR_BUSY],
-                     "the model is used by %zd engines or steppers, expected none", object->n_users);
+                     "the model is used by %zd engines or steppers, expected none",
+                     object->n_users);
         return NULL;
     }
     mil_model *model = object->model;
@@ -120,11 +132,10 @@ static PyObject *model_report(PyObject *self, PyObject *unused)
         return NULL;
     mil_model_report report;
     mil_model_report_get(model, &report);
-    return Py_BuildValue("{s:n,s:n,s:i,s:i,s:i,s:s,s:s}", "weight_bytes",
-                         (Py_ssize_t)report.weight_bytes, "adapter_bytes",
-                         (Py_ssize_t)report.adapter_bytes, "n_adapters", report.n_adapters, "world",
-                         report.world, "n_threads", report.n_threads, "device", report.device, "isa",
-                         report.isa);
+    return Py_BuildValue(
+        "{s:n,s:n,s:i,s:i,s:i,s:s,s:s}", "weight_bytes", (Py_ssize_t)report.weight_bytes,
+        "adapter_bytes", (Py_ssize_t)report.adapter_bytes, "n_adapters", report.n_adapters, "world",
+        report.world, "n_threads", report.n_threads, "device", report.device, "isa", report.isa);
 }
 
 static PyObject *model_add_adapter(PyObject *self, PyObject *args, PyObject *kwargs)
@@ -153,8 +164,8 @@ static PyObject *model_add_adapter(PyObject *self, PyObject *args, PyObject *kwa
     ((mil_model_object *)self)->n_users++;
     Py_BEGIN_ALLOW_THREADS
     status = mil_model_add_adapter(model, &info, &content);
-    Py_END_ALLOW_THREADS
-    ((mil_model_object *)self)->n_users--;
+    Py_END_ALLOW_THREADS((mil_model_object *)self)
+    ->n_users--;
     mil_borrowed_release(&source);
     return status != MIL_OK ? mil_raise(mil_state_of(self), status) : PyLong_FromLong(content);
 }

@@ -35,7 +35,8 @@ static PyObject *memory_calls(PyObject *module, PyObject *unused)
 static PyMethodDef methods[] = {
     {"machine_report", machine_report, METH_NOARGS,
      "What this machine offers: isa, isa_available, n_threads, n_cpus_affinity, cgroup_cpus,\n"
-     "memory_bytes, memory_free_bytes. Raises RequestError where MILPY_CPU_ISA cannot be honoured."},
+     "memory_bytes, memory_free_bytes. Raises RequestError where MILPY_CPU_ISA cannot be "
+     "honoured."},
     {"memory_held", memory_held, METH_NOARGS, "Bytes that the C core now holds."},
     {"memory_calls", memory_calls, METH_NOARGS,
      "Allocations of the C core since the process began."},
@@ -66,6 +67,23 @@ static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **slot)
     return *slot == NULL ? -1 : PyModule_AddType(module, *slot);
 }
 
+static int add_constants(PyObject *module)
+{
+    static const struct {
+        const char *name;
+        long value;
+    } constants[] = {
+        {"MAX_LOGPROBS", MIL_MAX_LOGPROBS},   {"MAX_STOP_TOKENS", MIL_MAX_STOP_TOKENS},
+        {"FINISH_NONE", MIL_FINISH_NONE},     {"FINISH_STOP", MIL_FINISH_STOP},
+        {"FINISH_LENGTH", MIL_FINISH_LENGTH}, {"FINISH_CANCELLED", MIL_FINISH_CANCELLED},
+        {"FINISH_ERROR", MIL_FINISH_ERROR},
+    };
+    for (size_t i = 0; i < sizeof constants / sizeof constants[0]; i++)
+        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)
+            return -1;
+    return 0;
+}
+
 static int exec(PyObject *module)
 {
     import_array1(-1);
@@ -76,7 +94,7 @@ static int exec(PyObject *module)
         add_type(module, &mil_seq_spec, &state->seq) < 0 ||
         add_type(module, &mil_stepper_spec, &state->stepper) < 0)
         return -1;
-    return PyModule_AddIntConstant(module, "MAX_LOGPROBS", MIL_MAX_LOGPROBS);
+    return add_constants(module);
 }
 
 static int traverse(PyObject *module, visitproc visit, void *arg)

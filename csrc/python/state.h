@@ -14,6 +14,8 @@
 #endif
 #include <numpy/arrayobject.h>
 
+#include <sys/types.h>
+
 #define MIL_N_STATUS (MIL_ERR_INTERNAL + 1)
 
 typedef struct mil_module_state {
@@ -46,9 +48,14 @@ typedef struct mil_progress_object {
 
 typedef struct mil_model_object {
     PyObject_HEAD
-    mil_model *model; /* NULL once closed */
+    mil_model *model;   /* NULL once closed */
     Py_ssize_t n_users; /* engines and steppers alive on it, changed under the GIL */
+    pid_t owner;        /* the process that made it: a forked child has none of its threads */
 } mil_model_object;
+
+/* Whether the C object behind a model may be freed here. In a forked child it may not: its threads
+ * are the parent's, its locks may be held by them, and the memory goes with the process. */
+bool mil_model_object_is_ours(const mil_model_object *object);
 
 /* The model of a Model object for a new engine or stepper; sets EngineError when it is closed. */
 mil_model *mil_model_object_use(mil_module_state *state, mil_model_object *object);

@@ -54,7 +54,8 @@ static void stepper_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
     stepper_object *self = (stepper_object *)object;
-    mil_stepper_free(self->stepper);
+    if (self->model != NULL && mil_model_object_is_ours(self->model))
+        mil_stepper_free(self->stepper);
     if (self->model != NULL)
         self->model->n_users--;
     Py_CLEAR(self->model);
@@ -91,7 +92,9 @@ static PyObject *create_seq(PyObject *object, PyObject *args, PyObject *kwargs)
 static void seq_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
-    mil_seq_free(((seq_object *)object)->seq);
+    stepper_object *stepper = ((seq_object *)object)->stepper;
+    if (stepper != NULL && mil_model_object_is_ours(stepper->model))
+        mil_seq_free(((seq_object *)object)->seq);
     Py_CLEAR(((seq_object *)object)->stepper);
     type->tp_free(object);
     Py_DECREF(type);
@@ -222,7 +225,8 @@ done:
 
 static PyMethodDef stepper_methods[] = {
     {"create_seq", (PyCFunction)(void (*)(void))create_seq, METH_VARARGS | METH_KEYWORDS,
-     "create_seq(*, adapter=-1, temperature=0.0, top_k=0, top_p=1.0, n_logprobs=-1, seed=0) -> Seq"},
+     "create_seq(*, adapter=-1, temperature=0.0, top_k=0, top_p=1.0, n_logprobs=-1, seed=0) -> "
+     "Seq"},
     {"step", (PyCFunction)(void (*)(void))stepper_step, METH_VARARGS | METH_KEYWORDS,
      "step([(seq, tokens | None, n_past, pages[, all_logits])], logits=False)\n"
      "-> ([(token, logprob, rank, top)], float32 [rows, vocab] | None), in the items' order"},

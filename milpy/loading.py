@@ -1,0 +1,203 @@
+"""From a model's name to a loaded model: options checked, files read, weights brought in.
+
+The C core loads on a thread of its own, so that Ctrl-C works and a bar can be drawn meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os.path import exists
+from pathlib import Path
+
+from milpy import _C
+from milpy.checkpoint import Checkpoint, open_checkpoint
+from milpy.config import ModelConfig, eos_token_ids, read_generation_config, read_model_config
+from milpy.errors import ConfigError, RequestError
+from milpy.hub import resolve_model
+from milpy.interrupt import HeldInterrupt
+from milpy.sampling import check_integer
+from milpy.strict_json import show
+from milpy.tokenizer import TOKENIZER_FILE, Tokenizer
+
+POLL_SECONDS = 0.05
+PAGE_SIZES = (16, 32, 64, 128, 256)
+
+_log = logging.getLogger("milpy")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What LLM and AsyncEngine take beside the model; LLM's doc string says what each means."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    adapters: Mapping[str, str | Path] | None = None
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_bytes: int | None = None
+    page_size: int | None = None
+    n_threads: int | None = None
+    load_format: str = "auto"
+    seed: int = 0
+    revision: str | None = None
+    tokenizer: str | Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu"):
+            raise ConfigError(
+                f"device is {show(self.device)}, expected auto or cpu: this build has no other"
+            )
+        if self.dtype not in ("auto", "bfloat16"):
+            raise ConfigError(
+                f"dtype is {show(self.dtype)}, expected auto or bfloat16: computing in another "
+                "dtype is not built yet"
+            )
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"load_format is {show(self.load_format)}, expected auto or dummy")
+        check_integer("tensor_parallel_size", self.tensor_parallel_size, 1, 1024)
+        check_integer("seed", self.seed, 0, (1 << 64) - 1)
+        for name, high in (
+            ("max_model_len", 1 << 24),
+            ("max_num_seqs", 1 << 20),
+            ("max_num_batched_tokens", 1 << 24),
+            ("kv_cache_bytes", 1 << 48),
+            ("n_threads", 4096),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                check_integer(name, value, 1, high)
+        if self.page_size is not None and self.page_size not in PAGE_SIZES:
+            expected = ", ".join(map(str, PAGE_SIZES))
+            raise RequestError(f"page_size is {show(self.page_size)}, expected one of {expected}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory and what Python knows of it. The caller closes `model`."""
+
+    folder: Path
+    config: ModelConfig
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Tokenizer | None
+    missing_tokenizer: str  # why there is none, for messages
+    model: _C.Model
+
+
+def load(model: str | Path, options: EngineOptions) -> LoadedModel:
+    """Read, check and load. On an error nothing is held."""
+    folder = resolve_model(model, options.revision)
+    config = read_model_config(folder)
+    generation = read_generation_config(folder, vocab_size=config.vocab_size)
+    context = config.context_length(options.max_model_len)
+    checkpoint = None if options.load_format == "dummy" else open_checkpoint(folder, config)
+    tokenizer, missing = _open_tokenizer(folder, options.tokenizer, config.vocab_size)
+    _log_dtype(folder, checkpoint, options.dtype)
+    return LoadedModel(
+        folder=folder,
+        config=config,
+        eos_token_ids=eos_token_ids(config, generation),
+        tokenizer=tokenizer,
+        missing_tokenizer=missing,
+        model=_load_weights(folder.resolve().name, config, checkpoint, context, options),
+    )
+
+
+def _open_tokenizer(
+    folder: Path, given: str | Path | None, vocab_size: int
+) -> tuple[Tokenizer | None, str]:
+    """The tokenizer, or None and why: a folder needs none while prompts are ids."""
+    if given is not None:
+        return Tokenizer(resolve_model(given), vocab_size=vocab_size), ""
+    if exists(folder / TOKENIZER_FILE):
+        return Tokenizer(folder, vocab_size=vocab_size), ""
+    return None, f"{folder} has no {TOKENIZER_FILE}"
+
+
+def _log_dtype(folder: Path, checkpoint: Checkpoint | None, dtype: str) -> None:
+    _log.info("%s: computes in bfloat16 (dtype is %s)", folder, dtype)
+    if checkpoint is None:
+        _log.warning("%s: load_format is dummy: random weights", folder)
+        return
+    others = sorted({tensor.dtype for tensor in checkpoint.tensors.values()} - {"BF16"})
+    if others:
+        _log.warning("%s: %s weights are converted to bfloat16", folder, " and ".join(others))
+
+
+def _load_weights(
+    name: str,
+    config: ModelConfig,
+    checkpoint: Checkpoint | None,
+    context: int,
+    options: EngineOptions,
+) -> _C.Model:
+    progress = _C.Progress()
+    done = threading.Event()
+    models: list[_C.Model] = []
+    problems: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            models.append(
+                _C.Model(
+                    config,
+                    checkpoint,
+                    max_position=context,
+                    device=options.device,
+                    tensor_parallel=options.tensor_parallel_size,
+                    n_threads=options.n_threads or 0,
+                    progress=progress,
+                    dummy_seed=options.seed,
+                )
+            )
+        except BaseException as problem:
+            problems.append(problem)
+        finally:
+            done.set()
+
+    with HeldInterrupt() as interrupt:
+        worker = threading.Thread(target=work, name="milpy-load", daemon=True)
+        worker.start()
+        try:
+            _watch(name, progress, done, interrupt, shown=options.progress)
+        except BaseException:
+            progress.cancel()
+            worker.join()
+            for model in models:
+                model.close()
+            raise
+        worker.join()
+    if problems:
+        raise problems[0]
+    return models[0]
+
+
+def _watch(
+    name: str,
+    progress: _C.Progress,
+    done: threading.Event,
+    interrupt: HeldInterrupt,
+    *,
+    shown: bool,
+) -> None:
+    """Draw the bar until the load is done. On a terminal only."""
+    from tqdm import tqdm  # noqa: PLC0415 - 30 ms of import
+
+    with tqdm(
+        desc=f"loading {name} as bfloat16",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=None if shown else True,
+    ) as bar:
+        is_done = False
+        while not is_done:
+            is_done = done.wait(POLL_SECONDS)
+            interrupt.check()
+            n_done, bar.total = progress.read()
+            bar.update(n_done - bar.n)

@@ -1,14 +1,14 @@
 /* milpy's public C API, whole.
  *
- * A mil_model holds weights and adapters, split over one or more ranks. A mil_engine drives it with a
- * scheduler of its own: submit requests, lend a thread to mil_engine_run, poll batches of events. A
- * mil_stepper drives it step by step for a caller who owns pages and order. Both may share a model;
- * their steps exclude each other.
+ * A mil_model holds weights and adapters, split over one or more ranks. A mil_engine drives it with
+ * a scheduler of its own: submit requests, lend a thread to mil_engine_run, poll batches of events.
+ * A mil_stepper drives it step by step for a caller who owns pages and order. Both may share a
+ * model; their steps exclude each other.
  *
- * Ownership: who creates frees, through the matching verb; freeing NULL is fine. Structs passed in are
- * read during the call only. Functions return mil_status and leave a message (mil_status_message).
- * Threads: every function may be called from any thread unless it says otherwise. Nothing here prints,
- * exits or calls back. */
+ * Ownership: who creates frees, through the matching verb; freeing NULL is fine. Structs passed in
+ * are read during the call only. Functions return mil_status and leave a message
+ * (mil_status_message). Threads: every function may be called from any thread unless it says
+ * otherwise. Nothing here prints, exits or calls back. */
 #pragma once
 
 #include "base/status.h"
@@ -45,9 +45,9 @@ typedef enum mil_rope_kind {
 typedef struct mil_rope_config {
     mil_rope_kind kind;
     double theta;
-    double factor;            /* linear, llama3 */
-    double low_freq_factor;   /* llama3 */
-    double high_freq_factor;  /* llama3 */
+    double factor;                 /* linear, llama3 */
+    double low_freq_factor;        /* llama3 */
+    double high_freq_factor;       /* llama3 */
     int64_t original_max_position; /* llama3 */
 } mil_rope_config;
 
@@ -89,7 +89,7 @@ typedef struct mil_checkpoint_info {
     int32_t n_files;
     const mil_tensor_info *tensors; /* [n_tensors] */
     int32_t n_tensors;
-    bool is_dummy;       /* no files: seeded random weights from the config alone */
+    bool is_dummy; /* no files: seeded random weights from the config alone */
     uint64_t dummy_seed;
 } mil_checkpoint_info;
 
@@ -109,8 +109,8 @@ const char *mil_projection_name(mil_projection projection); /* "q_proj", ... */
 typedef struct mil_adapter_module_info {
     int32_t layer;
     mil_projection projection;
-    int32_t rank;  /* R, 1..512 */
-    float scale;   /* alpha / R, or alpha / sqrt(R): as PEFT computes it */
+    int32_t rank;      /* R, 1..512 */
+    float scale;       /* alpha / R, or alpha / sqrt(R): as PEFT computes it */
     mil_tensor_info a; /* [R, in] */
     mil_tensor_info b; /* [out, R] */
 } mil_adapter_module_info;
@@ -161,8 +161,8 @@ typedef struct mil_model_report {
 
 void mil_model_report_get(const mil_model *model, mil_model_report *report);
 
-/* Load an adapter's content; *content is its id (>= 0, never reused while held). The caller holds one
- * reference; each request that names it holds another. It is freed when the last one goes. */
+/* Load an adapter's content; *content is its id (>= 0, never reused while held). The caller holds
+ * one reference; each request that names it holds another. It is freed when the last one goes. */
 mil_status mil_model_add_adapter(mil_model *model, const mil_adapter_info *info, int32_t *content)
     MIL_WARN_UNUSED;
 /* Drop the caller's reference. */
@@ -171,14 +171,16 @@ mil_status mil_model_release_adapter(mil_model *model, int32_t content) MIL_WARN
 /* ---- requests ---- */
 
 #define MIL_MAX_LOGPROBS 20
+#define MIL_MAX_STOP_TOKENS 256
 #define MIL_NO_ADAPTER (-1)
 
 typedef struct mil_sampling {
-    float temperature;  /* 0: greedy */
-    int32_t top_k;      /* 0: off */
-    float top_p;        /* 1: off; in (0, 1] */
-    int32_t n_logprobs; /* -1: none; 0: of the chosen token; n <= MIL_MAX_LOGPROBS: and the n best */
-    uint64_t seed;      /* a draw is a pure function of (seed, position, purpose) */
+    float temperature; /* 0: greedy */
+    int32_t top_k;     /* 0: off */
+    float top_p;       /* 1: off; in (0, 1] */
+    int32_t
+        n_logprobs; /* -1: none; 0: of the chosen token; n <= MIL_MAX_LOGPROBS: and the n best */
+    uint64_t seed;  /* a draw is a pure function of (seed, position, purpose) */
 } mil_sampling;
 
 typedef struct mil_token_logprob {
@@ -189,9 +191,9 @@ typedef struct mil_token_logprob {
 /* What sampling one row gave. */
 typedef struct mil_sample {
     int32_t token;
-    int32_t n_top;  /* entries of top in use, best first */
-    float logprob;  /* of token; 0 unless n_logprobs >= 0 */
-    int32_t rank;   /* 1-based rank of token among the logits; 0 unless n_logprobs >= 0 */
+    int32_t n_top; /* entries of top in use, best first */
+    float logprob; /* of token; 0 unless n_logprobs >= 0 */
+    int32_t rank;  /* 1-based rank of token among the logits; 0 unless n_logprobs >= 0 */
     mil_token_logprob top[MIL_MAX_LOGPROBS];
 } mil_sample;
 
@@ -200,12 +202,17 @@ typedef struct mil_sample {
 typedef struct mil_engine mil_engine;
 
 typedef struct mil_engine_options {
-    int32_t max_model_len;          /* prompt and answer; 0: the model's, cut to what the KV holds */
-    int32_t max_num_seqs;           /* 0: 64 */
-    int32_t max_num_batched_tokens; /* tokens of one step, all requests; 0: 512 */
-    int32_t page_size;              /* 0: 16; else 16, 32, 64, 128, 256 */
-    uint64_t kv_cache_bytes;        /* over all ranks; 0: a share of the memory that is free */
-    bool poison;                    /* fill freed pages with NaN (tests) */
+    /* Prompt and answer. 0: the model's, cut to what the KV holds; else at most both. */
+    int32_t max_model_len;
+    /* 0: 64, cut to max_num_batched_tokens where that is given. */
+    int32_t max_num_seqs;
+    /* Tokens of one step, all requests; at least max_num_seqs. 0: 512, or max_num_seqs if more. */
+    int32_t max_num_batched_tokens;
+    int32_t page_size; /* 0: 16; else 16, 32, 64, 128, 256 */
+    /* Over all ranks. 0: half of the memory that this process may still use (cgroup limits counted)
+     * once weights and workspace are in, and no more than max_num_seqs full contexts need. */
+    uint64_t kv_cache_bytes;
+    bool poison; /* fill freed pages with NaN (tests) */
 } mil_engine_options;
 
 mil_status mil_engine_create(mil_engine **out, mil_model *model, const mil_engine_options *options)
@@ -216,15 +223,17 @@ void mil_engine_free(mil_engine *engine);
 typedef struct mil_request_options {
     const int32_t *tokens; /* [n_tokens], copied */
     int32_t n_tokens;
-    int32_t max_tokens;         /* new tokens; 0: until the end or the context */
+    /* New tokens; 0: until the end or the context. A number that the context cannot hold beside the
+     * prompt (n_tokens + max_tokens > max_model_len) is an error, not a shorter answer. */
+    int32_t max_tokens;
     const int32_t *stop_tokens; /* [n_stop_tokens], copied: a token that ends the answer */
-    int32_t n_stop_tokens;
-    int32_t adapter; /* a content id, or MIL_NO_ADAPTER */
+    int32_t n_stop_tokens;      /* <= MIL_MAX_STOP_TOKENS */
+    int32_t adapter;            /* a content id, or MIL_NO_ADAPTER */
     mil_sampling sampling;
 } mil_request_options;
 
-/* Queue a request; *id names it in events (> 0, never reused). Every check is made here: a bad request
- * is an error now and never reaches the loop. Thread-safe, does not wait for a step. */
+/* Queue a request; *id names it in events (> 0, never reused). Every check is made here: a bad
+ * request is an error now and never reaches the loop. Thread-safe, does not wait for a step. */
 mil_status mil_engine_submit(mil_engine *engine, const mil_request_options *request, uint64_t *id)
     MIL_WARN_UNUSED;
 /* End a request; its last event has MIL_FINISH_CANCELLED. Unknown or finished ids are no error. */
@@ -245,14 +254,16 @@ typedef struct mil_event {
     mil_sample sample;
 } mil_event;
 
-/* Run steps until mil_engine_close; sleeps when there is no work. One thread at a time. An error is a
- * device fault or a bug: every open request has then got MIL_FINISH_ERROR and the engine is dead. */
+/* Run steps until mil_engine_close; sleeps when there is no work. One thread at a time. An error is
+ * a device fault or a bug: every open request has then got MIL_FINISH_ERROR and the engine is dead.
+ */
 mil_status mil_engine_run(mil_engine *engine) MIL_WARN_UNUSED;
 /* Make run return after the step in flight; open requests get MIL_FINISH_CANCELLED. Idempotent. */
 void mil_engine_close(mil_engine *engine);
 
-/* Move up to max events to events[], in order; waits up to timeout_ms (0: not at all, < 0: for ever)
- * for the first one. *n is 0 on time-out. MIL_ERR_CLOSED once the loop has ended and none are left. */
+/* Move up to max events to events[], in order; waits up to timeout_ms (0: not at all, < 0: for
+ * ever) for the first one. *n is 0 on time-out. MIL_ERR_CLOSED once the loop has ended and none are
+ * left. */
 mil_status mil_engine_poll(mil_engine *engine, mil_event *events, int32_t max, int32_t timeout_ms,
                            int32_t *n) MIL_WARN_UNUSED;
 
@@ -301,10 +312,10 @@ typedef struct mil_step_item {
     mil_seq *seq;
     const int32_t *tokens; /* [n_tokens]; NULL with n_tokens == 1: the token sampled last */
     int32_t n_tokens;
-    int32_t n_past;        /* tokens whose KV is already in the pages */
-    const int32_t *pages;  /* [n_pages]; may be longer than needed, may be shared */
+    int32_t n_past;       /* tokens whose KV is already in the pages */
+    const int32_t *pages; /* [n_pages]; may be longer than needed, may be shared */
     int32_t n_pages;
-    bool all_logits;       /* a row for each token, else for the last one */
+    bool all_logits; /* a row for each token, else for the last one */
 } mil_step_item;
 
 /* One step over any subset of sequences in any order; results come in the caller's order. samples
@@ -315,12 +326,12 @@ mil_status mil_stepper_step(mil_stepper *stepper, const mil_step_item *items, in
 /* ---- the machine ---- */
 
 typedef struct mil_machine_report {
-    const char *isa;            /* the path that would run, MILPY_CPU_ISA honoured */
-    const char *isa_available;  /* all this machine has, space-separated, best first */
-    int32_t n_threads;          /* that a model would use */
+    const char *isa;           /* the path that would run, MILPY_CPU_ISA honoured */
+    const char *isa_available; /* all this machine has, space-separated, best first */
+    int32_t n_threads;         /* that a model would use */
     int32_t n_cpus_affinity;
-    double cgroup_cpus;         /* 0: no quota */
-    uint64_t memory_bytes;      /* that this process may use: physical, cut by cgroup limits */
+    double cgroup_cpus;    /* 0: no quota */
+    uint64_t memory_bytes; /* that this process may use: physical, cut by cgroup limits */
     uint64_t memory_free_bytes;
 } mil_machine_report;
 

@@ -5,6 +5,7 @@
 #include "base/memory.h"
 #include "scheduler/blocks.h"
 #include "scheduler/residency.h"
+#include "scheduler/rows.h"
 
 #include <assert.h>
 #include <string.h>
@@ -53,7 +54,8 @@ struct mil_scheduler {
 
     int32_t draining_pages; /* held by draining slots: free when their fences have passed */
     int32_t promised_pages; /* of those, what rows that sit this fill out wait for */
-    int32_t *adapter_rows;  /* [max_seqs], rows of each adapter slot in this fill */
+    mil_rows rows;
+    int32_t *chunk; /* [max_tokens], tokens of the chunk being written */
 
     uint64_t n_preemptions;
     uint64_t n_prompt_tokens;
@@ -90,10 +92,10 @@ static mil_status take_memory(mil_scheduler *scheduler)
     scheduler->page_lists = mil_alloc(n * max_pages, sizeof *scheduler->page_lists);
     scheduler->free_slots = mil_alloc(n, sizeof *scheduler->free_slots);
     scheduler->free_histories = mil_alloc(n, sizeof *scheduler->free_histories);
-    scheduler->adapter_rows = mil_alloc(n, sizeof *scheduler->adapter_rows);
+    scheduler->chunk = mil_alloc((size_t)scheduler->options.max_tokens, sizeof *scheduler->chunk);
     bool is_whole = scheduler->slots != NULL && scheduler->page_lists != NULL &&
                     scheduler->free_slots != NULL && scheduler->free_histories != NULL &&
-                    scheduler->adapter_rows != NULL;
+                    scheduler->chunk != NULL;
     for (int32_t i = 0; i < MIL_STEPS_IN_FLIGHT; i++) {
         scheduler->flights[i].slots = mil_alloc(n, sizeof(int32_t));
         is_whole = is_whole && scheduler->flights[i].slots != NULL;
@@ -103,7 +105,9 @@ static mil_status take_memory(mil_scheduler *scheduler)
                         max_pages);
     MIL_TRY(mil_slab_init(&scheduler->history, history_bytes, "scheduler: histories"));
     MIL_TRY(mil_blocks_init(&scheduler->blocks, scheduler->options.n_pages));
-    return mil_residency_init(&scheduler->residency, scheduler->options.max_seqs);
+    MIL_TRY(mil_residency_init(&scheduler->residency, scheduler->options.max_seqs));
+    return mil_rows_init(&scheduler->rows, scheduler->options.max_seqs,
+                         scheduler->options.max_seqs);
 }
 
 mil_status mil_scheduler_create(mil_scheduler **out, const mil_scheduler_options *options)
@@ -138,12 +142,13 @@ void mil_scheduler_free(mil_scheduler *scheduler)
     if (scheduler == NULL)
         return;
     assert(scheduler->open.n == 0 && scheduler->done.n == 0);
+    mil_rows_deinit(&scheduler->rows);
     mil_residency_deinit(&scheduler->residency);
     mil_blocks_deinit(&scheduler->blocks);
     mil_slab_deinit(&scheduler->history);
     for (int32_t i = 0; i < MIL_STEPS_IN_FLIGHT; i++)
         mil_free(scheduler->flights[i].slots);
-    mil_free(scheduler->adapter_rows);
+    mil_free(scheduler->chunk);
     mil_free(scheduler->free_histories);
     mil_free(scheduler->free_slots);
     mil_free(scheduler->page_lists);
@@ -392,41 +397,29 @@ static void grant_newcomers(mil_scheduler *scheduler, mil_batch *batch, int32_t 
 static void write_row(mil_scheduler *scheduler, mil_batch *batch, mil_request *request,
                       flight *flown)
 {
-    mil_plan_header *header = batch->header;
     slot *held = &scheduler->slots[request->slot];
+    const mil_slot_set seq = {.slot = request->slot, .adapter_slot = held->adapter_slot};
     int32_t n = request->n_now;
-    int32_t row = header->n_tokens;
-    batch->seq_slot[header->n_seqs++] = request->slot;
-    batch->query_indptr[header->n_seqs] = row + n;
-    batch->kv_lengths[header->n_seqs - 1] = request->n_computed + n;
-    for (int32_t i = 0; i < n; i++)
-        batch->positions[row + i] = request->n_computed + i;
+    const int32_t *tokens = NULL;
     if (mil_request_is_prefilling(request)) {
-        mil_request_copy_tokens(request, batch->tokens + row, request->n_computed, n);
+        mil_request_copy_tokens(request, scheduler->chunk, request->n_computed, n);
+        tokens = scheduler->chunk;
         scheduler->n_prompt_tokens += (uint64_t)n;
-    } else {
-        batch->tokens[row] = 0; /* not read: the slot has it */
-        header->n_decode++;
     }
-    header->n_tokens = row + n;
-    if (held->adapter_slot != MIL_NO_ADAPTER)
-        scheduler->adapter_rows[held->adapter_slot] += n;
-    held->last_step = header->step;
+    int32_t row = mil_rows_add(&scheduler->rows, batch, &seq, tokens, request->n_computed, n);
+    held->last_step = batch->header->step;
     request->n_computed += n;
     request->n_now = 0;
     if (mil_request_is_prefilling(request))
         return;
-    batch->logit_rows[header->n_logit_rows] = row + n - 1;
-    batch->logit_slots[header->n_logit_rows] = request->slot;
-    batch->logit_feeds[header->n_logit_rows++] = 1;
+    mil_rows_add_logits(batch, row + n - 1, true);
     flown->slots[flown->n_rows++] = request->slot;
     request->n_sampled++;
 }
 
+/* Decode rows first. */
 static void write_rows(mil_scheduler *scheduler, mil_batch *batch, flight *flown)
 {
-    memset(scheduler->adapter_rows, 0,
-           (size_t)scheduler->options.max_seqs * sizeof *scheduler->adapter_rows);
     for (mil_request *r = scheduler->open.first; r != scheduler->waiting; r = r->next) {
         if (r->n_now > 0 && !mil_request_is_prefilling(r))
             write_row(scheduler, batch, r, flown);
@@ -435,30 +428,7 @@ static void write_rows(mil_scheduler *scheduler, mil_batch *batch, flight *flown
         if (r->n_now > 0)
             write_row(scheduler, batch, r, flown);
     }
-}
-
-/* Rows of one adapter slot in one segment, whatever their order in the batch. */
-static void write_segments(mil_scheduler *scheduler, mil_batch *batch)
-{
-    mil_plan_header *header = batch->header;
-    int32_t n_rows = 0;
-    for (int32_t a = 0; a < scheduler->options.max_seqs; a++) {
-        int32_t n = scheduler->adapter_rows[a];
-        if (n == 0)
-            continue;
-        batch->segment_adapter[header->n_segments++] = a;
-        scheduler->adapter_rows[a] = n_rows; /* from here on: where its next row goes */
-        n_rows += n;
-        batch->segment_indptr[header->n_segments] = n_rows;
-    }
-    header->n_lora_rows = n_rows;
-    for (int32_t s = 0; s < header->n_seqs; s++) {
-        int32_t adapter_slot = scheduler->slots[batch->seq_slot[s]].adapter_slot;
-        if (adapter_slot == MIL_NO_ADAPTER)
-            continue;
-        for (int32_t t = batch->query_indptr[s]; t < batch->query_indptr[s + 1]; t++)
-            batch->lora_rows[scheduler->adapter_rows[adapter_slot]++] = t;
-    }
+    mil_rows_finish(&scheduler->rows, batch);
 }
 
 bool mil_scheduler_fill(mil_scheduler *scheduler, mil_plan *plan)
@@ -476,7 +446,6 @@ bool mil_scheduler_fill(mil_scheduler *scheduler, mil_plan *plan)
     write_rows(scheduler, &batch, flown);
     if (batch.header->n_seqs == 0)
         return false;
-    write_segments(scheduler, &batch);
     scheduler->filled = flown->step;
     scheduler->n_in_flight++;
     return true;

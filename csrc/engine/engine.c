@@ -1,0 +1,516 @@
+/* The engine: requests in, steps in a loop on a lent thread, batches of events out.
+ *
+ * One lock guards what threads share: the inbox, the index of open requests, cancels, events. It is
+ * never held over a step. The scheduler and the runner belong to the thread in mil_engine_run; when
+ * no thread is there, to whoever holds the lock. The lock comes before the model's locks. */
+#include "milpy.h"
+
+#include "base/machine.h"
+#include "base/memory.h"
+#include "engine/events.h"
+#include "engine/options.h"
+#include "model/runner.h"
+#include "scheduler/scheduler.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define FIRST_EVENTS 1024
+#define REASON_BYTES 1024
+
+struct mil_engine {
+    mil_model *model;
+    mil_engine_options options; /* completed */
+    int32_t vocab;
+    pid_t process; /* that made it: a forked child has none of its threads */
+
+    /* The loop's. */
+    mil_runner *runner;
+    mil_scheduler *scheduler;
+    mil_sample *samples;    /* [max_num_seqs] */
+    mil_event *step_events; /* [max_num_seqs] */
+    size_t workspace_bytes;
+    bool is_entered; /* holds the model's step lock */
+
+    pthread_mutex_t lock;
+    pthread_cond_t work;  /* for the loop: there is something to do */
+    pthread_cond_t ready; /* for pollers: there are events, or there will be none */
+    bool has_sync;        /* the three above exist */
+
+    /* Under the lock. */
+    mil_request_list inbox;
+    mil_request_index index; /* every request that is not freed yet */
+    mil_request *cancels;    /* linked through cancel_next */
+    int32_t n_open;          /* requests whose last event is not queued yet */
+    mil_events events;       /* has room for n_open beside what is queued: last events never fail */
+    uint64_t last_id;
+    uint64_t n_steps;
+    mil_scheduler_counts counts; /* as of the last step */
+    bool is_running;
+    bool is_closing;
+    bool has_ended;            /* closed or dead, with every last event queued */
+    char reason[REASON_BYTES]; /* why it is dead; "" */
+};
+
+/* ---- create and free ---- */
+
+static void poison_page(void *context, int32_t page)
+{
+    mil_engine *engine = context;
+    mil_runner_poison_page(engine->runner, page);
+}
+
+static mil_scheduler_options scheduler_options(mil_engine *engine, int32_t n_pages)
+{
+    return (mil_scheduler_options){
+        .max_seqs = engine->options.max_num_seqs,
+        .max_tokens = engine->options.max_num_batched_tokens,
+        .max_model_len = engine->options.max_model_len,
+        .page_size = engine->options.page_size,
+        .n_pages = n_pages,
+        .on_page_free = engine->options.poison ? poison_page : NULL,
+        .context = engine,
+    };
+}
+
+static mil_status settle_options(mil_engine *engine, int32_t *n_pages)
+{
+    mil_engine_options *options = &engine->options;
+    MIL_TRY(mil_options_complete(options));
+    mil_kv_facts facts = {
+        .max_position = mil_model_config(engine->model)->max_position,
+        .page_bytes = mil_runner_page_bytes(engine->model, options->page_size),
+        .free_bytes = mil_memory_free_bytes(),
+    };
+    /* Workspace for the longest context that could come out, so that fitting cannot make it grow.
+     */
+    mil_scheduler_options longest = scheduler_options(engine, 0);
+    if (longest.max_model_len == 0)
+        longest.max_model_len = facts.max_position;
+    mil_plan_limits limits = mil_scheduler_limits(&longest);
+    facts.workspace_bytes = mil_runner_workspace_bytes(engine->model, &limits);
+    return mil_options_fit_kv(options, n_pages, &facts);
+}
+
+static mil_status create_sync(mil_engine *engine)
+{
+    pthread_condattr_t attributes;
+    if (pthread_condattr_init(&attributes) != 0)
+        return mil_fail(MIL_ERR_DEVICE, "engine: the system gave no condition attributes");
+    int failed = pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    bool has_lock = failed == 0 && (failed = pthread_mutex_init(&engine->lock, NULL)) == 0;
+    bool has_work = has_lock && (failed = pthread_cond_init(&engine->work, &attributes)) == 0;
+    bool has_ready = has_work && (failed = pthread_cond_init(&engine->ready, &attributes)) == 0;
+    pthread_condattr_destroy(&attributes);
+    engine->has_sync = has_ready;
+    if (has_ready)
+        return MIL_OK;
+    if (has_work)
+        pthread_cond_destroy(&engine->work);
+    if (has_lock)
+        pthread_mutex_destroy(&engine->lock);
+    return mil_fail(MIL_ERR_DEVICE, "engine: the system gave no lock: %s", strerror(failed));
+}
+
+static mil_status init_engine(mil_engine *engine)
+{
+    int32_t n_pages;
+    MIL_TRY(settle_options(engine, &n_pages));
+    mil_scheduler_options options = scheduler_options(engine, n_pages);
+    mil_runner_options runner_options = {
+        .limits = mil_scheduler_limits(&options),
+        .n_pages = n_pages,
+        .page_size = options.page_size,
+        .poison = engine->options.poison,
+    };
+    size_t n_seqs = (size_t)options.max_seqs;
+    engine->workspace_bytes = mil_runner_workspace_bytes(engine->model, &runner_options.limits);
+    MIL_TRY(create_sync(engine));
+    MIL_TRY(mil_alloc_checked((void **)&engine->samples, n_seqs, sizeof *engine->samples,
+                              "engine: samples"));
+    MIL_TRY(mil_alloc_checked((void **)&engine->step_events, n_seqs, sizeof *engine->step_events,
+                              "engine: events"));
+    MIL_TRY(mil_events_init(&engine->events, FIRST_EVENTS + 8 * n_seqs));
+    MIL_TRY(mil_scheduler_create(&engine->scheduler, &options));
+    mil_scheduler_counts_get(engine->scheduler, &engine->counts);
+    return mil_runner_create(&engine->runner, engine->model, &runner_options);
+}
+
+static void destroy(mil_engine *engine)
+{
+    mil_runner_free(engine->runner);
+    mil_scheduler_free(engine->scheduler);
+    mil_events_deinit(&engine->events);
+    mil_free(engine->step_events);
+    mil_free(engine->samples);
+    if (engine->has_sync) {
+        pthread_cond_destroy(&engine->ready);
+        pthread_cond_destroy(&engine->work);
+        pthread_mutex_destroy(&engine->lock);
+    }
+    mil_free(engine);
+}
+
+mil_status mil_engine_create(mil_engine **out, mil_model *model, const mil_engine_options *options)
+{
+    void *block;
+    MIL_TRY(mil_alloc_checked(&block, 1, sizeof(mil_engine), "engine"));
+    mil_engine *engine = block;
+    engine->model = model;
+    engine->options = *options;
+    engine->vocab = mil_model_config(model)->vocab;
+    engine->process = getpid();
+    mil_status status = init_engine(engine);
+    if (status != MIL_OK) {
+        destroy(engine);
+        return status;
+    }
+    *out = engine;
+    return MIL_OK;
+}
+
+void mil_engine_free(mil_engine *engine)
+{
+    /* In a forked child its lock may be held for ever by a thread that is not there. */
+    if (engine == NULL || engine->process != getpid())
+        return;
+    mil_engine_close(engine);
+    assert(!engine->is_running);
+    destroy(engine);
+}
+
+static mil_status check_process(const mil_engine *engine, const char *caller)
+{
+    if (engine->process != getpid())
+        return mil_fail(MIL_ERR_DEVICE, "%s: the engine belongs to process %d, this is %d", caller,
+                        (int)engine->process, (int)getpid());
+    return MIL_OK;
+}
+
+/* ---- under the lock: what begins and ends ---- */
+
+static mil_status fail_closed(const mil_engine *engine, const char *caller)
+{
+    if (engine->reason[0] != '\0')
+        return mil_fail(MIL_ERR_CLOSED, "%s: the engine is dead: %s", caller, engine->reason);
+    return mil_fail(MIL_ERR_CLOSED, "%s: the engine is closed", caller);
+}
+
+/* Free what has ended and is named by no step any more. */
+static void reap(mil_engine *engine)
+{
+    mil_request *request;
+    while ((request = mil_scheduler_reap(engine->scheduler)) != NULL) {
+        mil_request_index_remove(&engine->index, request);
+        /* The request held it, so that it is there: nothing to fail. */
+        if (request->adapter != MIL_NO_ADAPTER &&
+            mil_model_release_adapter(engine->model, request->adapter) != MIL_OK)
+            assert(!"a held adapter is gone");
+        mil_request_free(request);
+    }
+}
+
+/* End a request with an event of its own, unless it has ended by itself. */
+static void end_request(mil_engine *engine, mil_request *request, mil_finish finish)
+{
+    if (!mil_scheduler_end(engine->scheduler, request))
+        return;
+    mil_event event = {.id = request->id, .finish = finish};
+    mil_events_push(&engine->events, &event);
+    engine->n_open--;
+}
+
+/* Hand the scheduler what other threads asked for since the last step. */
+static void take_requests(mil_engine *engine)
+{
+    mil_request *request;
+    while ((request = engine->inbox.first) != NULL) {
+        mil_request_list_remove(&engine->inbox, request);
+        mil_scheduler_add(engine->scheduler, request);
+    }
+    bool has_ended = engine->cancels != NULL;
+    while ((request = engine->cancels) != NULL) {
+        engine->cancels = request->cancel_next;
+        end_request(engine, request, MIL_FINISH_CANCELLED);
+    }
+    reap(engine);
+    mil_scheduler_counts_get(engine->scheduler, &engine->counts);
+    if (has_ended)
+        pthread_cond_broadcast(&engine->ready);
+}
+
+/* Nothing runs any more and nothing will: tell every open request. */
+static void end_all(mil_engine *engine, mil_finish finish)
+{
+    take_requests(engine);
+    mil_scheduler_abandon(engine->scheduler);
+    mil_request *request;
+    while ((request = mil_scheduler_first(engine->scheduler)) != NULL)
+        end_request(engine, request, finish);
+    reap(engine);
+    mil_scheduler_counts_get(engine->scheduler, &engine->counts);
+    engine->has_ended = true;
+    pthread_cond_broadcast(&engine->ready);
+}
+
+/* ---- other threads ---- */
+
+/* Room for all that one step may say, and for the last event of every open request and n_more. */
+static mil_status reserve_events(mil_engine *engine, int32_t n_more)
+{
+    size_t last = (size_t)engine->n_open + (size_t)n_more;
+    return mil_events_reserve(&engine->events, (size_t)engine->options.max_num_seqs + last);
+}
+
+static mil_status enqueue(mil_engine *engine, mil_request *request, uint64_t *id)
+{
+    if (engine->is_closing || engine->has_ended)
+        return fail_closed(engine, "submit");
+    MIL_TRY(reserve_events(engine, 1));
+    request->id = ++engine->last_id;
+    *id = request->id;
+    engine->n_open++;
+    mil_request_index_add(&engine->index, request);
+    mil_request_list_push(&engine->inbox, request);
+    pthread_cond_signal(&engine->work);
+    return MIL_OK;
+}
+
+mil_status mil_engine_submit(mil_engine *engine, const mil_request_options *options, uint64_t *id)
+{
+    MIL_TRY(check_process(engine, "submit"));
+    int32_t max_new;
+    MIL_TRY(
+        mil_options_check_request(options, &max_new, engine->vocab, engine->options.max_model_len));
+    mil_request *request;
+    MIL_TRY(mil_request_create(&request, options, max_new));
+    bool has_adapter = options->adapter != MIL_NO_ADAPTER;
+    mil_status status;
+    if (has_adapter &&
+        (status = mil_model_hold_adapter(engine->model, options->adapter)) != MIL_OK) {
+        mil_request_free(request);
+        return status;
+    }
+    pthread_mutex_lock(&engine->lock);
+    status = enqueue(engine, request, id);
+    pthread_mutex_unlock(&engine->lock);
+    if (status == MIL_OK)
+        return MIL_OK;
+    mil_request_free(request);
+    if (has_adapter && mil_model_release_adapter(engine->model, options->adapter) != MIL_OK)
+        assert(!"a held adapter is gone");
+    return status;
+}
+
+void mil_engine_cancel(mil_engine *engine, uint64_t id)
+{
+    if (engine->process != getpid())
+        return;
+    pthread_mutex_lock(&engine->lock);
+    mil_request *request = mil_request_index_find(&engine->index, id);
+    if (request != NULL && !request->is_cancelled) {
+        request->is_cancelled = true;
+        request->cancel_next = engine->cancels;
+        engine->cancels = request;
+        pthread_cond_signal(&engine->work);
+    }
+    pthread_mutex_unlock(&engine->lock);
+}
+
+void mil_engine_close(mil_engine *engine)
+{
+    if (engine->process != getpid())
+        return;
+    pthread_mutex_lock(&engine->lock);
+    engine->is_closing = true;
+    if (!engine->is_running && !engine->has_ended)
+        end_all(engine, MIL_FINISH_CANCELLED);
+    pthread_cond_broadcast(&engine->work);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+static struct timespec deadline_in(int32_t timeout_ms)
+{
+    struct timespec at;
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    at.tv_sec += timeout_ms / 1000;
+    at.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+    if (at.tv_nsec >= 1000000000) {
+        at.tv_sec++;
+        at.tv_nsec -= 1000000000;
+    }
+    return at;
+}
+
+static void wait_for_events(mil_engine *engine, int32_t timeout_ms)
+{
+    struct timespec deadline = deadline_in(timeout_ms > 0 ? timeout_ms : 0);
+    int timed_out = timeout_ms == 0;
+    while (engine->events.n == 0 && !engine->has_ended && !timed_out) {
+        if (timeout_ms < 0)
+            pthread_cond_wait(&engine->ready, &engine->lock);
+        else
+            timed_out =
+                pthread_cond_timedwait(&engine->ready, &engine->lock, &deadline) == ETIMEDOUT;
+    }
+}
+
+mil_status mil_engine_poll(mil_engine *engine, mil_event *events, int32_t max, int32_t timeout_ms,
+                           int32_t *n)
+{
+    *n = 0;
+    MIL_TRY(check_process(engine, "poll"));
+    if (max < 1)
+        return mil_fail(MIL_ERR_ARGUMENT, "poll: max is %d, expected at least 1", max);
+    pthread_mutex_lock(&engine->lock);
+    wait_for_events(engine, timeout_ms);
+    *n = mil_events_take(&engine->events, events, max);
+    mil_status status = MIL_OK;
+    if (*n == 0 && engine->has_ended)
+        status = fail_closed(engine, "poll");
+    /* The loop may wait for room. */
+    pthread_cond_signal(&engine->work);
+    pthread_mutex_unlock(&engine->lock);
+    return status;
+}
+
+void mil_engine_stats_get(mil_engine *engine, mil_engine_stats *stats)
+{
+    memset(stats, 0, sizeof *stats);
+    if (engine->process != getpid())
+        return;
+    pthread_mutex_lock(&engine->lock);
+    const mil_scheduler_counts *counts = &engine->counts;
+    *stats = (mil_engine_stats){
+        .n_waiting = counts->n_waiting + engine->inbox.n,
+        .n_running = counts->n_running,
+        .n_pages = counts->n_pages,
+        .n_free_pages = counts->n_free_pages,
+        .page_size = engine->options.page_size,
+        .max_model_len = engine->options.max_model_len,
+        .max_num_seqs = engine->options.max_num_seqs,
+        .max_num_batched_tokens = engine->options.max_num_batched_tokens,
+        .n_steps = engine->n_steps,
+        .n_preemptions = counts->n_preemptions,
+        .n_prompt_tokens = counts->n_prompt_tokens,
+        .n_generated_tokens = counts->n_generated_tokens,
+        .kv_bytes = (size_t)engine->options.kv_cache_bytes,
+        .workspace_bytes = engine->workspace_bytes,
+    };
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* ---- the loop ---- */
+
+static void leave(mil_engine *engine)
+{
+    if (engine->is_entered)
+        mil_runner_leave(engine->runner);
+    engine->is_entered = false;
+}
+
+static mil_status enter(mil_engine *engine)
+{
+    if (!engine->is_entered)
+        MIL_TRY(mil_runner_enter(engine->runner));
+    engine->is_entered = true;
+    return MIL_OK;
+}
+
+/* Whether a step can run now: something is open, and there is room for what it may say. When memory
+ * for that is short, the loop waits for whoever polls. */
+static bool can_step(mil_engine *engine)
+{
+    return mil_scheduler_first(engine->scheduler) != NULL && reserve_events(engine, 0) == MIL_OK;
+}
+
+/* Sleep until there is work; false when the engine closes. A sleeper does not hold the model. */
+static bool wait_for_work(mil_engine *engine)
+{
+    pthread_mutex_lock(&engine->lock);
+    take_requests(engine);
+    while (!engine->is_closing && !can_step(engine)) {
+        if (engine->is_entered) {
+            pthread_mutex_unlock(&engine->lock);
+            leave(engine);
+            pthread_mutex_lock(&engine->lock);
+        } else {
+            pthread_cond_wait(&engine->work, &engine->lock);
+        }
+        take_requests(engine);
+    }
+    bool is_closing = engine->is_closing;
+    pthread_mutex_unlock(&engine->lock);
+    return !is_closing;
+}
+
+static void publish(mil_engine *engine, int32_t n_events)
+{
+    pthread_mutex_lock(&engine->lock);
+    for (int32_t i = 0; i < n_events; i++) {
+        mil_events_push(&engine->events, &engine->step_events[i]);
+        engine->n_open -= engine->step_events[i].finish != MIL_FINISH_NONE;
+    }
+    engine->n_steps++;
+    mil_scheduler_counts_get(engine->scheduler, &engine->counts);
+    if (n_events > 0)
+        pthread_cond_broadcast(&engine->ready);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+static mil_status run_step(mil_engine *engine)
+{
+    MIL_TRY(enter(engine));
+    mil_plan *plan = mil_runner_plan(engine->runner);
+    if (!mil_scheduler_fill(engine->scheduler, plan))
+        return mil_fail(MIL_ERR_INTERNAL, "engine: nothing runs, though requests are open");
+    mil_batch batch;
+    mil_plan_view(plan, &batch);
+    MIL_TRY(mil_runner_step(engine->runner, engine->samples, NULL));
+    publish(engine, mil_scheduler_retire(engine->scheduler, batch.header->step, engine->samples,
+                                         engine->step_events));
+    return MIL_OK;
+}
+
+/* Take the loop for this thread; *has_begun is false when there is nothing to loop for. */
+static mil_status begin(mil_engine *engine, bool *has_begun)
+{
+    mil_status status = MIL_OK;
+    *has_begun = false;
+    pthread_mutex_lock(&engine->lock);
+    if (engine->is_running)
+        status =
+            mil_fail(MIL_ERR_BUSY, "run: another thread runs the engine, expected one at a time");
+    else if (engine->reason[0] != '\0')
+        status = fail_closed(engine, "run");
+    else
+        engine->is_running = *has_begun = !engine->is_closing;
+    pthread_mutex_unlock(&engine->lock);
+    return status;
+}
+
+mil_status mil_engine_run(mil_engine *engine)
+{
+    MIL_TRY(check_process(engine, "run"));
+    bool has_begun;
+    mil_status status = begin(engine, &has_begun);
+    if (!has_begun)
+        return status;
+    while (status == MIL_OK && wait_for_work(engine))
+        status = run_step(engine);
+    leave(engine);
+    pthread_mutex_lock(&engine->lock);
+    if (status != MIL_OK)
+        (void)snprintf(engine->reason, sizeof engine->reason, "%s", mil_status_message());
+    end_all(engine, status == MIL_OK ? MIL_FINISH_CANCELLED : MIL_FINISH_ERROR);
+    engine->is_running = false;
+    char reason[REASON_BYTES];
+    memcpy(reason, engine->reason, sizeof reason);
+    pthread_mutex_unlock(&engine->lock);
+    return status == MIL_OK ? MIL_OK : mil_fail(status, "%s", reason);
+}

@@ -1,6 +1,6 @@
-/* Collectives of one tensor-parallel group: sums in rank order, so that results do not depend on who
- * arrives first. comm/local.c joins ranks that are threads of this process; NCCL and processes are
- * other transports of the same table. */
+/* Collectives of one tensor-parallel group: sums in rank order, so that results do not depend on
+ * who arrives first. comm/local.c joins ranks that are threads of this process; NCCL and processes
+ * are other transports of the same table. */
 #pragma once
 
 #include "base/status.h"
@@ -33,7 +33,8 @@ typedef struct mil_comm {
 } mil_comm;
 
 /* comms[world]: one for each of `world` threads of this process. Ranks read each other's buffers in
- * place, so no message is copied twice. Caller frees each with ops->free, after all ranks are idle. */
+ * place, so no message is copied twice. Caller frees each with ops->free, after all ranks are idle.
+ * On failure every entry is NULL. */
 mil_status mil_comm_local_create(mil_comm **comms, int32_t world) MIL_WARN_UNUSED;
 
 #ifdef __cplusplus

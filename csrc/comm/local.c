@@ -228,8 +228,10 @@ mil_status mil_comm_local_create(mil_comm **comms, int32_t world)
     for (int32_t rank = 0; rank < world; rank++) {
         local_comm *comm = mil_alloc(1, sizeof *comm);
         if (comm == NULL) {
-            for (int32_t made = 0; made < rank; made++)
+            for (int32_t made = 0; made < rank; made++) {
                 mil_free(comms[made]);
+                comms[made] = NULL;
+            }
             group_free(group);
             return mil_fail(MIL_ERR_MEMORY, "comm: no memory for rank %d of %d", rank, world);
         }

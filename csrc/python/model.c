@@ -38,13 +38,13 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                             "n_threads", "progress",   "dummy_seed",   NULL};
     PyObject *config_object;
     PyObject *checkpoint;
-    int max_position;
+    int max_position = 0;
     const char *device = "auto";
     int tensor_parallel = 1;
     int n_threads = 0;
     PyObject *progress = Py_None;
     unsigned long long dummy_seed = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO$i|siiOK:Model", names, &config_object,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$isiiOK:Model", names, &config_object,
                                      &checkpoint, &max_position, &device, &tensor_parallel,
                                      &n_threads, &progress, &dummy_seed))
         return NULL;

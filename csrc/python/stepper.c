@@ -24,10 +24,10 @@ static PyObject *stepper_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     static char *names[] = {"model",    "vocab",      "n_pages",           "page_size",
                             "max_seqs", "max_tokens", "max_pages_per_seq", NULL};
     PyObject *model_object;
-    int vocab;
-    mil_stepper_options options;
+    int vocab = 0;
+    mil_stepper_options options = {0};
     mil_module_state *state = PyType_GetModuleState(type);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!$iiiiii:Stepper", names, state->model,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$iiiiii:Stepper", names, state->model,
                                      &model_object, &vocab, &options.n_pages, &options.page_size,
                                      &options.max_seqs, &options.max_tokens,
                                      &options.max_pages_per_seq))

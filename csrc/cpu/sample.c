@@ -103,6 +103,12 @@ static candidates candidates_of(const sample_job *job, int32_t thread)
     };
 }
 
+/* Whether top-k cuts anything. */
+static bool has_top_k(const sample_job *job, const mil_sampling *sampling)
+{
+    return sampling->top_k > 0 && sampling->top_k < job->args->vocab;
+}
+
 static const mil_sampling *sampling_of(const sample_job *job, int32_t row)
 {
     return &job->args->slots->sampling[job->args->slots_of[row]];
@@ -147,8 +153,8 @@ static void pass_sums(const sample_job *job, int32_t row, int32_t segment)
     float top = top_of(&sums, job->n_segments);
     if (sampling->n_logprobs >= 0)
         sums.raw[segment] = job->kernels->sum_weights(x, n, top, 1.0f);
-    /* Top-k alone sums its own candidates. */
-    if (sampling->temperature > 0.0f && sampling->top_k <= 0)
+    /* Top-k sums its own candidates. */
+    if (sampling->temperature > 0.0f && !has_top_k(job, sampling))
         sums.tempered[segment] = job->kernels->sum_weights(x, n, top, factor_of(sampling));
 }
 
@@ -297,7 +303,7 @@ static int32_t draw_from_best(const sample_row *row)
     const mil_sampling *sampling = row->sampling;
     const sample_job *job = row->job;
     int32_t V = job->args->vocab;
-    bool has_k = sampling->top_k > 0 && sampling->top_k < V;
+    bool has_k = has_top_k(job, sampling);
     bool has_p = sampling->top_p < 1.0f;
     int32_t limit = has_k ? sampling->top_k : V;
     /* Top-p alone rarely keeps more than some dozens: look at few first. */
@@ -325,7 +331,7 @@ static int32_t choose(const sample_row *row)
     const mil_sampling *sampling = row->sampling;
     if (!(sampling->temperature > 0.0f))
         return choose_greedy(row);
-    if ((sampling->top_k > 0 && sampling->top_k < row->job->args->vocab) || sampling->top_p < 1.0f)
+    if (has_top_k(row->job, sampling) || sampling->top_p < 1.0f)
         return draw_from_best(row);
     return draw_from_all(row);
 }

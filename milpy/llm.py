@@ -169,7 +169,8 @@ class LLM:
         jobs: list[Job] = []
         answer = Answer(has_logprobs=request.params.logprobs is not None)
         try:
-            self._core.submit([request], line, jobs)
+            with HeldInterrupt():
+                self._core.submit([request], line, jobs)
             while answer.finish_reason is None:
                 answer.add(line.take())
                 raise_error(jobs[0])

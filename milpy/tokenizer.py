@@ -93,9 +93,14 @@ class Tokenizer:
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> str:
         """The conversation as the model was trained to read it."""
+        template = self.check_chat_template()
+        return template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def check_chat_template(self) -> ChatTemplate:
+        """Compile it, once; TokenizerError where there is none or it fails."""
         if self._template is None:
             self._template = ChatTemplate(self.folder, self._config, self._names)
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._template
 
     def encode_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True

@@ -1,0 +1,113 @@
+"""milpy doctor: what was found, what is missing, what will be used."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from milpy import __version__
+from milpy.errors import MilpyError
+
+PACKAGES = ("numpy", "tokenizers", "huggingface_hub", "jinja2", "tqdm")
+CHECKOUT_PACKAGES = ("ml_dtypes", "pytest", "torch", "transformers", "peft")
+OLDEST_PYTHON = (3, 10)
+
+Line = tuple[str, str]
+
+
+def show_report() -> int:
+    """Print the report. 1 where milpy cannot run here, else 0."""
+    problems: list[str] = []
+    for name, value in _lines(problems):
+        print(f"{name:<16} {value}")
+    for problem in problems:
+        print(f"{'MISSING':<16} {problem}")
+    return 1 if problems else 0
+
+
+def _lines(problems: list[str]) -> Iterator[Line]:
+    yield "milpy", f"{__version__} in {Path(__file__).parent}"
+    yield from _python(problems)
+    yield "platform", f"{platform.system()} {platform.release()}, {platform.machine()}"
+    yield "cpu", _cpu_name()
+    yield from _extension(problems)
+    for package in PACKAGES:
+        yield package, _version(package) or "not installed"
+        if _version(package) is None:
+            problems.append(f"{package}: pip install {package}")
+    found = [f"{name} {_version(name)}" for name in CHECKOUT_PACKAGES if _version(name)]
+    yield "for tests", ", ".join(found) or "none of " + ", ".join(CHECKOUT_PACKAGES)
+    yield "gpu", _gpu()
+    yield "demo model", _demo()
+    yield "environment", _environment()
+
+
+def _python(problems: list[str]) -> Iterator[Line]:
+    yield "python", f"{platform.python_version()} in {sys.executable}"
+    if sys.version_info < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        problems.append(f"python is {platform.python_version()}, expected {oldest} or newer")
+
+
+def _extension(problems: list[str]) -> Iterator[Line]:
+    """The C core, and what it says of this machine."""
+    try:
+        from milpy import _C  # noqa: PLC0415 - its absence is a finding here
+    except ImportError as problem:
+        yield "extension", f"cannot be imported: {problem}"
+        problems.append("the extension milpy._C: run make, or pip install -e .")
+        return
+    yield "extension", str(_C.__file__)
+    try:
+        report = _C.machine_report()
+    except MilpyError as problem:
+        yield "isa", str(problem)
+        problems.append(f"an instruction set that can be used: {problem}")
+        return
+    quota = report["cgroup_cpus"]
+    yield "isa", f"{report['isa']} will be used, of {report['isa_available']}"
+    yield "threads", f"{report['n_threads']} will be used"
+    yield "cpus", f"{report['n_cpus_affinity']} by affinity, cgroup quota {quota or 'none'}"
+    memory, free = report["memory_bytes"] / 2**30, report["memory_free_bytes"] / 2**30
+    yield "memory", f"{memory:.1f} GiB for this process, {free:.1f} GiB free"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str:
+    devices = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    found = f"found {', '.join(devices)}" if devices else "found none"
+    return f"{found}; no CUDA backend in this build: the CPU will be used"
+
+
+def _demo() -> str:
+    from milpy import demo  # noqa: PLC0415 - only here
+
+    return str(demo.BASE) if demo.BASE.is_dir() else f"not in this package ({demo.BASE})"
+
+
+def _environment() -> str:
+    """Variables that change what milpy does."""
+    names = ("MILPY_CPU_ISA", "MILPY_POISON", "HF_HOME", "HF_HUB_OFFLINE")
+    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "-"

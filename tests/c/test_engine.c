@@ -337,6 +337,25 @@ TEST(an_idle_engine_lets_go_of_the_model)
     close_bench(&b, MIL_OK);
 }
 
+TEST(requests_that_ended_leave_no_memory_behind)
+{
+    static bench b;
+    open_bench(&b, &SMALL);
+    start(&b);
+    size_t held = mil_memory_held_bytes();
+    for (int32_t i = 0; i < 1500; i++) {
+        b.n_answers = 0;
+        memset(b.answers, 0, sizeof b.answers[0]);
+        (void)submit(&b, 2, 1, i % 4, 1);
+        receive_all(&b);
+    }
+    mil_engine_close(b.engine);
+    while (mil_engine_poll(b.engine, &(mil_event){0}, 1, -1, &(int32_t){0}) != MIL_ERR_CLOSED) {
+    }
+    CHECK_INT(mil_memory_held_bytes(), held);
+    close_bench(&b, MIL_OK);
+}
+
 typedef struct submitter {
     bench *b;
     uint64_t ids[50];

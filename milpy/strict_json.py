@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeGuard
 
@@ -21,9 +22,12 @@ from milpy.files import read_whole
 
 Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
 
-# A string, closed or not (an unclosed one is left to the parser to refuse), or one bracket. Every
-# string is one match, so the scan is linear whatever the input.
-_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
+# Neither repeats a group, so that time is linear and memory flat whatever the input. A string that
+# never closes ends with the text; refusing it is left to the parser.
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_STRING = re.compile(rb'"[^"]*"?')
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Longer than any 64-bit integer; Python's own int() is quadratic in the digits.
@@ -161,16 +165,13 @@ def is_number(value: Json) -> TypeGuard[int | float]:
 
 
 def _check_depth(data: bytes, source: str, max_depth: int, error: type[MilpyError]) -> None:
-    """Count brackets before the parser recurses over them."""
-    depth = 0
-    for match in _STRING_OR_BRACKET.finditer(data):
-        first = data[match.start()]
-        if first in b"[{":
-            depth += 1
-            if depth > max_depth:
-                raise error(f"{source}: is nested deeper than {max_depth} levels")
-        elif first in b"]}":
-            depth -= 1
+    """Count brackets outside strings before the parser recurses over them.
+
+    Up to the first byte that is not JSON, where the parser stops, the count is exact.
+    """
+    brackets = _STRING.sub(b"", _ESCAPE.sub(b"", data)).translate(None, _NOT_BRACKETS)
+    if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > max_depth:
+        raise error(f"{source}: is nested deeper than {max_depth} levels")
 
 
 def _check_surrogates(value: Json, source: str, error: type[MilpyError]) -> None:

@@ -424,6 +424,35 @@ TEST(every_rank_feeds_the_token_that_was_chosen)
     rig_close(&r);
 }
 
+TEST(a_draw_depends_on_its_place_in_the_sequence_alone)
+{
+    mil_config config = dummy_config();
+    rig r;
+    int32_t tokens[50];
+    rig_open(&r, &config, 1, true);
+    make_tokens(tokens, 10, 2);
+    const mil_sampling sampling = {
+        .temperature = 5.0f, .top_p = 1.0f, .n_logprobs = -1, .seed = 11};
+    seq s = new_seq(1, MIL_NO_ADAPTER);
+    s.sampling = sampling;
+    step(&r, &(item){.seq = &s, .tokens = tokens, .n_tokens = 10}, 1);
+    for (int32_t i = 10; i < 50; i++) {
+        tokens[i] = r.samples[0].token;
+        step(&r, &(item){.seq = &s}, 1);
+    }
+    /* A preempted request computes its tokens again as a prompt, in chunks, behind another one. */
+    for (int32_t n = 10; n < 50; n += 13) {
+        seq other = new_seq(2, MIL_NO_ADAPTER), again = new_seq(3, MIL_NO_ADAPTER);
+        again.sampling = sampling;
+        step(&r, &(item){.seq = &again, .tokens = tokens, .n_tokens = n - 4}, 1);
+        const item items[] = {{.seq = &other, .tokens = tokens, .n_tokens = 9},
+                              {.seq = &again, .tokens = tokens + n - 4, .n_tokens = 4}};
+        step(&r, items, 2);
+        CHECK_INT(r.samples[1].token, tokens[n]);
+    }
+    rig_close(&r);
+}
+
 /* ---- adapters ---- */
 
 TEST(a_cleared_adapter_slot_gives_the_base_model_again)

@@ -1,0 +1,132 @@
+"""Loading a checkpoint from the page cache, beside a plain copy of as many bytes in the same round.
+
+Two copies are measured on the same threads, before and after each load, the better of each kept:
+- warm: memcpy between buffers that exist already (the roof that the bar names);
+- fresh: memcpy into memory just taken from the kernel, as every load's weights are. The kernel
+  clears those pages first, which no loader can avoid; what remains is the loader's own.
+
+A first round is thrown away: it fills the page cache, and a virtual machine's host hands out memory
+that was never used before several times slower than the rest.
+
+    python -m benchmarks.bench_load [--shape 0.5B] [--dtype bf16|f16|f32] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import mmap
+import statistics
+import struct
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.roofs import Machine
+from benchmarks.shapes import SHAPES, Shape
+from milpy import _C
+from milpy.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from milpy.config import ModelConfig, read_model_config
+
+BAR = 0.4
+DTYPES = {"bf16": ("BF16", np.uint16), "f16": ("F16", np.float16), "f32": ("F32", np.float32)}
+FRESH_BYTES = 1 << 29
+
+
+def write_checkpoint(config: ModelConfig, folder: Path, dtype: str) -> int:
+    """One model.safetensors of random values in (-1, 1); its bytes."""
+    name, numpy_dtype = DTYPES[dtype]
+    shapes = expected_tensors(config)
+    header: dict[str, object] = {}
+    end = 0
+    for tensor, shape in shapes.items():
+        begin = end
+        end += math.prod(shape) * np.dtype(numpy_dtype).itemsize
+        header[tensor] = {"dtype": name, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    random = np.random.default_rng(1)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for shape in shapes.values():
+            values = random.uniform(-1, 1, math.prod(shape)).astype(np.float32)
+            halves = values.view(np.uint32) >> 16 if dtype == "bf16" else values
+            file.write(np.asarray(halves.astype(numpy_dtype)).tobytes())
+    return end
+
+
+def fresh_copy_gbs(source: NDArray[np.uint8], n_threads: int) -> float:
+    """Bytes copied a second into memory that no page stands behind yet."""
+    memory = mmap.mmap(-1, source.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    target = np.frombuffer(memory, dtype=np.uint8)
+    with ThreadPoolExecutor(n_threads) as pool:
+        shares = list(zip(np.split(target, n_threads), np.split(source, n_threads), strict=True))
+        begin = time.perf_counter()
+        list(pool.map(lambda share: np.copyto(*share), shares))
+        seconds = time.perf_counter() - begin
+    return source.size / 1e9 / seconds
+
+
+def load_seconds(config: ModelConfig, checkpoint: Checkpoint, n_threads: int) -> float:
+    begin = time.perf_counter()
+    model = _C.Model(config, checkpoint, max_position=4096, n_threads=n_threads)
+    seconds = time.perf_counter() - begin
+    model.close()
+    return seconds
+
+
+def bench(shape: Shape, folder: Path, dtype: str, n_threads: int, rounds: int) -> bool:
+    """Print the table; whether the bar was met."""
+    config = read_model_config(shape.write_config(folder))
+    n_bytes = write_checkpoint(config, folder, dtype)
+    checkpoint = open_checkpoint(folder, config)
+    machine = Machine(n_threads)
+    source = np.ones(FRESH_BYTES // n_threads * n_threads, dtype=np.uint8)
+    rates: list[float] = []
+    warm_ratios: list[float] = []
+    fresh_ratios: list[float] = []
+    for i in range(rounds + 1):
+        warm, fresh = machine.copy_gbs(), fresh_copy_gbs(source, n_threads)
+        rate = n_bytes / 1e9 / load_seconds(config, checkpoint, n_threads)
+        warm = max(warm, machine.copy_gbs())
+        fresh = max(fresh, fresh_copy_gbs(source, n_threads))
+        if i > 0:
+            rates.append(rate)
+            warm_ratios.append(rate / warm)
+            fresh_ratios.append(rate / fresh)
+            print(
+                f"  {rate:6.2f} GB/s   warm copy {warm:6.2f}   fresh copy {fresh:6.2f}", flush=True
+            )
+    ratio = statistics.median(warm_ratios)
+    print(
+        f"load {shape.name} {dtype} ({n_bytes / 1e9:.2f} GB, {n_threads} threads): "
+        f"{statistics.median(rates):.2f} GB/s, {ratio:.3f} of a warm copy (bar {BAR}), "
+        f"{statistics.median(fresh_ratios):.3f} of a copy into fresh memory"
+        f"{'' if ratio >= BAR else '  below'}"
+    )
+    return ratio >= BAR
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; the result is how many bars were missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="0.5B", choices=sorted(SHAPES))
+    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--folder", help="where the checkpoint is written for the time of the run")
+    options = parser.parse_args(arguments)
+    n_threads = options.threads or _C.machine_report()["n_threads"]
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        met = bench(SHAPES[options.shape], Path(folder), options.dtype, n_threads, options.rounds)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -239,7 +239,7 @@ class _Batch:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._answers: dict[Job, Answer] = {}
-        self._n_closed = 0
+        self._closed: set[Job] = set()
         self._n_tokens = 0
 
     def deliver(self, news: list[tuple[Job, Chunk | None]]) -> None:
@@ -248,7 +248,8 @@ class _Batch:
                 if chunk is not None:
                     self._answer(job).add(chunk)
                     self._n_tokens += len(chunk.token_ids)
-                self._n_closed += job.is_closed
+                if job.is_closed:  # may be said with each of its last few chunks
+                    self._closed.add(job)
             self._changed.notify()
 
     def wait(
@@ -262,9 +263,9 @@ class _Batch:
         with closing(tqdm(total=len(jobs), unit="request", disable=hidden)) as bar:
             while True:
                 with self._changed:
-                    if self._n_closed < len(jobs):
+                    if len(self._closed) < len(jobs):
                         self._changed.wait(WAIT_SECONDS)
-                    n_closed, n_tokens = self._n_closed, self._n_tokens
+                    n_closed, n_tokens = len(self._closed), self._n_tokens
                 if interrupt is not None:
                     interrupt.check()
                 rate = n_tokens / max(time.monotonic() - begin, 1e-9)

@@ -72,9 +72,12 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None:
                 check_integer(name, value, 1, high)
-        if self.page_size is not None and self.page_size not in PAGE_SIZES:
+        if self.page_size is not None:
             expected = ", ".join(map(str, PAGE_SIZES))
-            raise RequestError(f"page_size is {show(self.page_size)}, expected one of {expected}")
+            if type(self.page_size) is not int or self.page_size not in PAGE_SIZES:
+                raise RequestError(
+                    f"page_size is {show(self.page_size)}, expected one of {expected}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,7 @@ def _load_weights(
             raise
         worker.join()
     if problems:
-        raise problems[0]
+        raise problems.pop()  # left in the list, it would be in a cycle with this very frame
     return models[0]
 
 

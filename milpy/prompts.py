@@ -48,6 +48,8 @@ class PromptReader:
             text, given = self._open_mapping(prompt, where)
         if isinstance(given, str):
             text = given
+            if not text:  # its BOS alone is surely not what was meant, and can be given as an id
+                raise RequestError(f"{where} is empty, expected text")
             ids = _as_int32(self._require(where).encode(given))
         else:
             ids = self._read_ids(given, where)

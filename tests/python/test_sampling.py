@@ -60,7 +60,8 @@ def test_a_value_out_of_range_is_named_with_found_and_expected(name: str, value:
 
 
 @pytest.mark.parametrize(
-    "name", ["min_p", "presence_penalty", "repetition_penalty", "best_of", "logit_bias", "bad_words"]
+    "name",
+    ["min_p", "presence_penalty", "repetition_penalty", "best_of", "logit_bias", "bad_words"],
 )
 def test_what_is_not_built_is_refused_by_name(name: str) -> None:
     with pytest.raises(RequestError, match=f"{name} is 0.5: not built yet"):

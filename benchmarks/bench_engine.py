@@ -1,8 +1,8 @@
 """End to end on dummy models: share of the machine's roofs, by wall time, and LoRA's price.
 
-Each figure is judged in its own round: roofs just before and just after, the better of the two kept,
-the round thrown away where the ratio is above 1.05 (a read loop that a model beats is no roof). The
-medians of the rounds are printed beside the bars and beside llama.cpp's shares of its own roofs
+Each figure is judged in its own round: roofs just before and just after, the better of the two
+kept, the round thrown away where the ratio is above 1.05 (a read loop that a model beats is no
+roof). The medians of the rounds are printed beside the bars and beside llama.cpp's shares of its own roofs
 (measured 2026-11-22 on 2 vCPUs of a Zen 5, shared/facts/cpu-backend.md section 9).
 
     python -m benchmarks.bench_engine [--shapes 0.5B 1B] [--rounds 5] [--only decode|prefill|lora]
@@ -87,7 +87,7 @@ class Bench:
         return self.engine.submit(tokens, max_tokens=max_tokens, adapter=adapter, temperature=0.0)
 
     def decode(self, n_seqs: int, adapters: list[int]) -> float:
-        """Tokens a second while all n_seqs decode: from the last one's first token to the first end."""
+        """Tokens a second while all n_seqs decode: last one's first token to the first end."""
         ids = [self._submit(PROMPT, NEW, adapters[i % len(adapters)]) for i in range(n_seqs)]
         seen = dict.fromkeys(ids, 0)
         started: float | None = None

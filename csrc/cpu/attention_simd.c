@@ -1,9 +1,11 @@
 /* One tile of causal attention over paged KV: FlashAttention-2's online softmax (Dao 2023) on
- * blocks of 64 keys. For a row and a block: s_j = scale * chain over d pairs ascending, odd d
- * first, of q_d k_jd    (then softcap, mask) m' = max(m, s_j), a = e^(m - m'), p_j = bf16(e^(s_j -
- * m')), masked p_j = 0 l = l a + p_j in lane j mod 16; o_d = o_d a, then chain over key pairs
- * ascending, odd first, of p_j v_jd At a split's end l is summed by the tree. All of it is float32;
- * q, k, v, p hold bfloat16 values. l sums the rounded p, so that the weights add up to one.
+ * blocks of 64 keys. For a row and a block: c_j = chain over d pairs ascending, odd d first, of q_d
+ * k_jd m' = max(m, scale * max of c_j), a = e^(m - m'), p_j = bf16(e^(fma(c_j, scale, -m'))),
+ * masked p_j = 0 l = l a + p_j in lane j mod 16; o_d = o_d a, then chain over key pairs ascending,
+ * odd first, of p_j v_jd With a softcap c_j is cap * tanh(c_j scale / cap) and scale is 1 from
+ * there on. At a split's end l is summed by the tree. All of it is float32; q, k, v, p hold
+ * bfloat16 values. p's halves round away from zero, and l sums the rounded p, so that the weights
+ * add up to one.
  *
  * A masked key counts as p = 0 and v = 0: rows of a page that no row sees may hold NaN. Skipping a
  * key that a row does not see changes nothing but a zero's sign, which finish() sets. */
@@ -21,6 +23,13 @@
 #define TILE_VECTORS 4
 #else
 #define TILE_VECTORS 1
+#endif
+
+/* How the scratch holds a pair of bfloat16: one dword for vdpbf16ps, else two float32 for fma. */
+#ifdef MIL_ISA_AVX512BF16
+#define PAIR_ITEMS 1
+#else
+#define PAIR_ITEMS 2
 #endif
 
 typedef struct key_range {
@@ -54,17 +63,19 @@ static const uint16_t *page_row(const mil_cpu_attention_tile *tile, const uint16
 
 static void load_queries(const mil_cpu_attention_tile *tile)
 {
-    int32_t D = tile->args->kv->head_dim;
-    float *to = tile->scratch.q;
+    /* The heads of a group lie one after another. */
+    int32_t n = tile->group * tile->args->kv->head_dim;
     for (int32_t i = 0; i < tile->n_queries; i++) {
-        /* The heads of a group lie one after another. */
+        float *to = tile->scratch.q + (int64_t)i * n * PAIR_ITEMS / 2;
         const uint16_t *from = tile->q + i * tile->ld;
-        for (int32_t d = 0; d < tile->group * D; d += MIL_LANES) {
-            int32_t left = tile->group * D - d;
-            int width = left < MIL_LANES ? left : MIL_LANES;
+#if PAIR_ITEMS == 1
+        memcpy(to, from, (size_t)n * sizeof *from);
+#else
+        for (int32_t d = 0; d < n; d += MIL_LANES) {
+            int width = n - d < MIL_LANES ? n - d : MIL_LANES;
             lanes_store_n(to + d, lanes_load_bf16_n(from + d, width), width);
         }
-        to += tile->group * D;
+#endif
     }
 }
 
@@ -78,9 +89,14 @@ static void load_16_keys(float *k, const uint16_t *rows, int32_t D)
         for (int32_t i = 0; i < MIL_LANES; i++)
             m[i] = lanes_load_n((const float *)(const void *)(rows + (int64_t)i * D + d), n_pairs);
         lanes_transpose(m);
-        for (int32_t j = 0; j < n_pairs; j++) {
-            lanes_store(k + (d + 2 * j) * BLOCK, lanes_pair_even(m[j]));
-            lanes_store(k + (d + 2 * j + 1) * BLOCK, lanes_pair_odd(m[j]));
+        float *to = k + d / 2 * PAIR_ITEMS * BLOCK;
+        for (int32_t j = 0; j < n_pairs; j++, to += PAIR_ITEMS * BLOCK) {
+#if PAIR_ITEMS == 1
+            lanes_store(to, m[j]);
+#else
+            lanes_store(to, lanes_pair_even(m[j]));
+            lanes_store(to + BLOCK, lanes_pair_odd(m[j]));
+#endif
         }
     }
 }
@@ -92,32 +108,49 @@ static void load_keys(const mil_cpu_attention_tile *tile, int32_t block, key_ran
                      tile->args->kv->head_dim);
 }
 
-/* Rows that share a pair with a seen key but are not seen themselves become zeros. */
+/* One row, or zeros where the key is not seen though its pair's other one is. */
+static mil_lanes values_at(const uint16_t *row, int32_t d, int32_t D)
+{
+    if (row == NULL)
+        return lanes_zero();
+    return d + MIL_LANES <= D ? lanes_load_bf16(row + d) : lanes_load_bf16_n(row + d, D - d);
+}
+
 static void load_values(const mil_cpu_attention_tile *tile, int32_t block, key_range keys)
 {
     int32_t D = tile->args->kv->head_dim;
     int32_t width = (D + MIL_LANES - 1) / MIL_LANES * MIL_LANES;
-    for (int32_t j = keys.begin & ~1; j < keys.end + (keys.end & 1); j++) {
-        float *to = tile->scratch.v + j * width;
-        if (j < keys.begin || j >= keys.end) {
-            memset(to, 0, (size_t)width * sizeof *to);
-            continue;
+    for (int32_t j = keys.begin & ~1; j < keys.end; j += 2) {
+        float *to = tile->scratch.v + j / 2 * PAIR_ITEMS * width;
+        const uint16_t *even = j >= keys.begin ? page_row(tile, tile->v, block + j) : NULL;
+        const uint16_t *odd = j + 1 < keys.end ? page_row(tile, tile->v, block + j + 1) : NULL;
+        for (int32_t d = 0; d < width; d += MIL_LANES) {
+#if PAIR_ITEMS == 1
+            lanes_store(to + d, lanes_join_pairs(values_at(even, d, D), values_at(odd, d, D)));
+#else
+            lanes_store(to + d, values_at(even, d, D));
+            lanes_store(to + width + d, values_at(odd, d, D));
+#endif
         }
-        const uint16_t *from = page_row(tile, tile->v, block + j);
-        int32_t d = 0;
-        for (; d + MIL_LANES <= D; d += MIL_LANES)
-            lanes_store(to + d, lanes_load_bf16(from + d));
-        if (d < D)
-            lanes_store(to + d, lanes_load_bf16_n(from + d, D - d));
     }
 }
 
 /* ---- products ---- */
 
-/* c[r][16 j ..] = chain over k pairs, odd first, of a[r][k] * b[k][16 j ..], from 0 or from c
- * itself. */
+LANES_INLINE mil_lanes multiply_add(mil_lanes sum, mil_lanes a, mil_lanes b)
+{
+#if PAIR_ITEMS == 1
+    return lanes_dot_pairs(sum, a, b);
+#else
+    return lanes_fma(a, b, sum);
+#endif
+}
+
+/* c[r][16 j ..] = chain over n_pairs pairs, odd first, of a[r] times b[..][16 j ..], from 0 or from
+ * c itself. */
 LANES_INLINE void product_tile(int n_rows, int n_vectors, bool resume, float *c, int32_t ldc,
-                               const float *a, int32_t lda, const float *b, int32_t ldb, int32_t n)
+                               const float *a, int32_t lda, const float *b, int32_t ldb,
+                               int32_t n_pairs)
 {
     mil_lanes sum[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 8
@@ -125,19 +158,19 @@ LANES_INLINE void product_tile(int n_rows, int n_vectors, bool resume, float *c,
 #pragma GCC unroll 4
         for (int j = 0; j < n_vectors; j++)
             sum[r][j] = resume ? lanes_load(c + r * ldc + j * MIL_LANES) : lanes_zero();
-    for (int32_t k = 0; k < n; k += 2) {
+    for (int32_t k = 0; k < n_pairs * PAIR_ITEMS; k += PAIR_ITEMS) {
 #pragma GCC unroll 2
-        for (int odd = 1; odd >= 0; odd--) {
+        for (int item = PAIR_ITEMS - 1; item >= 0; item--) {
             mil_lanes row[TILE_VECTORS];
 #pragma GCC unroll 4
             for (int j = 0; j < n_vectors; j++)
-                row[j] = lanes_load(b + (int64_t)(k + odd) * ldb + j * MIL_LANES);
+                row[j] = lanes_load(b + (int64_t)(k + item) * ldb + j * MIL_LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < n_rows; r++) {
-                mil_lanes x = lanes_set(a[(int64_t)r * lda + k + odd]);
+                mil_lanes x = lanes_set(a[(int64_t)r * lda + k + item]);
 #pragma GCC unroll 4
                 for (int j = 0; j < n_vectors; j++)
-                    sum[r][j] = lanes_fma(x, row[j], sum[r][j]);
+                    sum[r][j] = multiply_add(sum[r][j], x, row[j]);
             }
         }
     }
@@ -151,27 +184,28 @@ LANES_INLINE void product_tile(int n_rows, int n_vectors, bool resume, float *c,
 #define PRODUCT_ROWS(n_vectors)                                                                    \
     switch (n_rows) {                                                                              \
     case 1:                                                                                        \
-        product_tile(1, n_vectors, resume, c, ldc, a, lda, b, ldb, n);                             \
+        product_tile(1, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
         break;                                                                                     \
     case 2:                                                                                        \
-        product_tile(2, n_vectors, resume, c, ldc, a, lda, b, ldb, n);                             \
+        product_tile(2, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
         break;                                                                                     \
     case 3:                                                                                        \
-        product_tile(3, n_vectors, resume, c, ldc, a, lda, b, ldb, n);                             \
+        product_tile(3, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
         break;                                                                                     \
     case 4:                                                                                        \
-        product_tile(4, n_vectors, resume, c, ldc, a, lda, b, ldb, n);                             \
+        product_tile(4, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
         break;                                                                                     \
     case 5:                                                                                        \
-        product_tile(5, n_vectors, resume, c, ldc, a, lda, b, ldb, n);                             \
+        product_tile(5, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
         break;                                                                                     \
     default:                                                                                       \
-        product_tile(6, n_vectors, resume, c, ldc, a, lda, b, ldb, n);                             \
+        product_tile(6, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
     }
 
 /* One instance of the tile for each size: sizes known to the compiler keep sums in registers. */
 LANES_INLINE void product_any(bool resume, int32_t n_rows, int32_t n_vectors, float *c, int32_t ldc,
-                              const float *a, int32_t lda, const float *b, int32_t ldb, int32_t n)
+                              const float *a, int32_t lda, const float *b, int32_t ldb,
+                              int32_t n_pairs)
 {
     int32_t j = 0;
 #if TILE_VECTORS == 4
@@ -187,22 +221,62 @@ LANES_INLINE void product_any(bool resume, int32_t n_rows, int32_t n_vectors, fl
 static __attribute__((noinline)) void score_rows(int32_t n_rows, int32_t n_vectors, float *scores,
                                                  const float *q, int32_t D, const float *k)
 {
-    product_any(false, n_rows, n_vectors, scores, BLOCK, q, D, k, BLOCK, D);
+    product_any(false, n_rows, n_vectors, scores, BLOCK, q, D / 2 * PAIR_ITEMS, k, BLOCK, D / 2);
 }
 
 static __attribute__((noinline)) void add_values(int32_t n_rows, float *o, int32_t width,
-                                                 const float *p, const float *v, int32_t n)
+                                                 const float *p, const float *v, int32_t n_pairs)
 {
-    product_any(true, n_rows, width / MIL_LANES, o, width, p, BLOCK, v, width, n);
+    product_any(true, n_rows, width / MIL_LANES, o, width, p, BLOCK, v, width, n_pairs);
 }
 
 /* ---- softmax ---- */
 
-static float exp_of(float x)
+static mil_lanes capped(mil_lanes c, float scale, float cap)
 {
-    float all[MIL_LANES];
-    lanes_store(all, lanes_exp(lanes_set(x)));
-    return all[0];
+    mil_lanes x = lanes_div(lanes_mul(c, lanes_set(scale)), lanes_set(cap));
+    return lanes_mul(lanes_set(cap), lanes_tanh(x));
+}
+
+/* Cap and mask one row's scores in place; the largest, not scaled yet. keys is not empty. */
+LANES_INLINE float finish_scores(const mil_attention_args *args, float *scores, int32_t n_vectors,
+                                 key_range keys)
+{
+    const mil_lanes low = lanes_set(-INFINITY);
+    bool is_changed = keys.begin != 0 || keys.end != n_vectors * MIL_LANES || args->softcap > 0.0f;
+    mil_lanes top = low;
+#pragma GCC unroll 4
+    for (int32_t j = 0; j < n_vectors; j++) {
+        mil_lanes c = lanes_load(scores + j * MIL_LANES);
+        if (is_changed) {
+            if (args->softcap > 0.0f)
+                c = capped(c, args->scale, args->softcap);
+            c = lanes_keep(c, clamp(keys.begin - j * MIL_LANES, 0, MIL_LANES),
+                           clamp(keys.end - j * MIL_LANES, 0, MIL_LANES), low);
+            lanes_store(scores + j * MIL_LANES, c);
+        }
+        top = lanes_max(c, top);
+    }
+    return lanes_top(top);
+}
+
+/* One row's scores to p, in place, and their sum to l. */
+LANES_INLINE void weigh(float *scores, int32_t n_vectors, float scale, float m, float *l)
+{
+    mil_lanes sum = lanes_load(l);
+    const mil_lanes factor = lanes_set(scale), below = lanes_set(-m);
+#pragma GCC unroll 4
+    for (int32_t j = 0; j < n_vectors; j++) {
+        mil_lanes c = lanes_load(scores + j * MIL_LANES);
+        mil_lanes p = lanes_round_bf16_away(lanes_exp_coarse(lanes_fma(c, factor, below)));
+        sum = lanes_add(sum, p);
+#if PAIR_ITEMS == 1
+        lanes_store_pairs(scores + j * MIL_LANES / 2, p);
+#else
+        lanes_store(scores + j * MIL_LANES, p);
+#endif
+    }
+    lanes_store(l, sum);
 }
 
 static void scale_row(float *row, float factor, int32_t n)
@@ -211,38 +285,27 @@ static void scale_row(float *row, float factor, int32_t n)
         lanes_store(row + d, lanes_mul(lanes_load(row + d), lanes_set(factor)));
 }
 
-/* Scores of one row to p, in place; m, l and o follow. keys is not empty. */
-static void soften_row(const mil_attention_args *args, float *scores, int32_t n_vectors,
-                       key_range keys, float *m, float *l, float *o, int32_t width)
-{
-    mil_lanes s[BLOCK / MIL_LANES];
-    mil_lanes top = lanes_set(-INFINITY);
-    for (int32_t j = 0; j < n_vectors; j++) {
-        s[j] = lanes_mul(lanes_load(scores + j * MIL_LANES), lanes_set(args->scale));
-        if (args->softcap > 0.0f)
-            s[j] = lanes_mul(lanes_set(args->softcap),
-                             lanes_tanh(lanes_div(s[j], lanes_set(args->softcap))));
-        s[j] = lanes_keep(s[j], clamp(keys.begin - j * MIL_LANES, 0, MIL_LANES),
-                          clamp(keys.end - j * MIL_LANES, 0, MIL_LANES), lanes_set(-INFINITY));
-        top = lanes_max(s[j], top);
-    }
-    float block_top = lanes_top(top);
-    mil_lanes sum = lanes_load(l);
-    if (block_top > *m) {
-        float shrink = exp_of(*m - block_top);
-        sum = lanes_mul(sum, lanes_set(shrink));
-        scale_row(o, shrink, width);
-        *m = block_top;
-    }
-    for (int32_t j = 0; j < n_vectors; j++) {
-        mil_lanes p = lanes_round_bf16(lanes_exp(lanes_sub(s[j], lanes_set(*m))));
-        sum = lanes_add(sum, p);
-        lanes_store(scores + j * MIL_LANES, p);
-    }
-    lanes_store(l, sum);
-}
-
 /* ---- one split ---- */
+
+/* Raise m of n <= 16 rows to the block's maxima; l and o shrink with it. */
+static void raise_maxima(const mil_cpu_attention_tile *tile, const mil_cpu_attention_part *part,
+                         int32_t first, int32_t n, const float *tops, float scale, int32_t width)
+{
+    float *m = part->m + first;
+    mil_lanes old = lanes_load_n(m, n);
+    mil_lanes top = lanes_mul(lanes_load_n(tops, n), lanes_set(scale));
+    uint32_t raised = lanes_greater(top, old);
+    if (raised == 0)
+        return;
+    float shrink[MIL_LANES];
+    lanes_store_n(m, lanes_max(top, old), n);
+    lanes_store(shrink, lanes_exp(lanes_sub(old, lanes_max(top, old))));
+    for (; raised != 0; raised &= raised - 1) {
+        int32_t r = __builtin_ctz(raised);
+        scale_row(tile->scratch.lanes + (first + r) * MIL_LANES, shrink[r], MIL_LANES);
+        scale_row(part->o + (int64_t)(first + r) * width, shrink[r], width);
+    }
+}
 
 /* Rows first .. first + n - 1 against the block whose keys and values are loaded. */
 static void attend_rows(const mil_cpu_attention_tile *tile, const mil_cpu_attention_part *part,
@@ -255,20 +318,37 @@ static void attend_rows(const mil_cpu_attention_tile *tile, const mil_cpu_attent
     if (keys.begin >= keys.end)
         return;
     int32_t n_vectors = (keys.end + MIL_LANES - 1) / MIL_LANES;
-    score_rows(n, n_vectors, scratch->scores, scratch->q + first * D, D, scratch->k);
+    score_rows(n, n_vectors, scratch->scores, scratch->q + first * (D / 2 * PAIR_ITEMS), D,
+               scratch->k);
+
+    float tops[MIL_LANES];
+    bool is_blind[TILE_ROWS];
     for (int32_t r = 0; r < n; r++) {
-        int32_t row = first + r, query = row / tile->group;
+        int32_t query = (first + r) / tile->group;
         float *scores = scratch->scores + r * BLOCK;
         key_range own = seen(tile, query, query, block);
-        if (own.begin < own.end)
-            soften_row(tile->args, scores, n_vectors, own, &part->m[row],
-                       scratch->lanes + row * MIL_LANES, part->o + row * width, width);
+        is_blind[r] = own.begin >= own.end;
+        if (is_blind[r])
+            tops[r] = -INFINITY;
+        else if (n_vectors == BLOCK / MIL_LANES)
+            tops[r] = finish_scores(tile->args, scores, BLOCK / MIL_LANES, own);
         else
-            memset(scores, 0, BLOCK * sizeof *scores);
+            tops[r] = finish_scores(tile->args, scores, n_vectors, own);
     }
-    int32_t even = keys.begin & ~1;
-    add_values(n, part->o + first * width, width, scratch->scores + even, scratch->v + even * width,
-               keys.end - even);
+    float scale = tile->args->softcap > 0.0f ? 1.0f : tile->args->scale;
+    raise_maxima(tile, part, first, n, tops, scale, width);
+    for (int32_t r = 0; r < n; r++) {
+        float *scores = scratch->scores + r * BLOCK, *l = scratch->lanes + (first + r) * MIL_LANES;
+        if (is_blind[r])
+            memset(scores, 0, BLOCK * sizeof *scores);
+        else if (n_vectors == BLOCK / MIL_LANES)
+            weigh(scores, BLOCK / MIL_LANES, scale, part->m[first + r], l);
+        else
+            weigh(scores, n_vectors, scale, part->m[first + r], l);
+    }
+    int32_t pair = keys.begin / 2, end = (keys.end + 1) / 2;
+    add_values(n, part->o + first * width, width, scratch->scores + pair * PAIR_ITEMS,
+               scratch->v + pair * PAIR_ITEMS * width, end - pair);
 }
 
 static void split(const mil_cpu_attention_tile *tile, int32_t index,
@@ -296,6 +376,13 @@ static void split(const mil_cpu_attention_tile *tile, int32_t index,
 }
 
 /* ---- after the splits ---- */
+
+static float exp_of(float x)
+{
+    float all[MIL_LANES];
+    lanes_store(all, lanes_exp(lanes_set(x)));
+    return all[0];
+}
 
 static void merge(const mil_cpu_attention_part *total, const mil_cpu_attention_part *part,
                   int32_t n_rows, int32_t width)

@@ -94,10 +94,6 @@ LANES_INLINE mil_lanes lanes_min(mil_lanes a, mil_lanes b)
 {
     return lanes_of(_mm512_min_ps(a.v, b.v));
 }
-LANES_INLINE mil_lanes lanes_where_less(mil_lanes a, mil_lanes b, mil_lanes x, mil_lanes y)
-{
-    return lanes_of(_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v));
-}
 LANES_INLINE mil_lanes lanes_keep(mil_lanes a, int begin, int end, mil_lanes other)
 {
     __mmask16 mask = lanes_mask(end) & (__mmask16)~lanes_mask(begin);
@@ -150,6 +146,11 @@ LANES_INLINE mil_lanes lanes_round_bf16(mil_lanes a)
     up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
     return lanes_of_bits(_mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000u)));
 }
+LANES_INLINE mil_lanes lanes_round_bf16_away(mil_lanes a)
+{
+    __m512i up = _mm512_add_epi32(lanes_bits(a), _mm512_set1_epi32(0x8000));
+    return lanes_of_bits(_mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000u)));
+}
 LANES_INLINE mil_lanes lanes_load_bf16(const uint16_t *p)
 {
     __m256i half = _mm256_loadu_si256((const __m256i *)p);
@@ -165,10 +166,26 @@ LANES_INLINE void lanes_store_bf16_n(uint16_t *p, mil_lanes a, int n)
     __m512i high = _mm512_srli_epi32(lanes_bits(lanes_round_bf16(a)), 16);
     _mm256_mask_storeu_epi16(p, lanes_mask(n), _mm512_cvtepi32_epi16(high));
 }
-LANES_INLINE mil_lanes lanes_two_to(mil_lanes t)
+LANES_INLINE mil_lanes lanes_join_pairs(mil_lanes even, mil_lanes odd)
 {
+    return lanes_of_bits(_mm512_or_si512(_mm512_srli_epi32(lanes_bits(even), 16), lanes_bits(odd)));
+}
+LANES_INLINE void lanes_store_pairs(float *p, mil_lanes a)
+{
+    __m512i high = _mm512_srli_epi32(lanes_bits(a), 16);
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(high));
+}
+#ifdef MIL_ISA_AVX512BF16
+LANES_INLINE mil_lanes lanes_dot_pairs(mil_lanes sum, mil_lanes a, mil_lanes b)
+{
+    return lanes_of(_mm512_dpbf16_ps(sum.v, (__m512bh)lanes_bits(a), (__m512bh)lanes_bits(b)));
+}
+#endif
+LANES_INLINE mil_lanes lanes_times_two_to(mil_lanes p, mil_lanes t, mil_lanes x, mil_lanes low)
+{
+    __mmask16 keep = _mm512_cmp_ps_mask(x.v, low.v, _CMP_NLT_UQ);
     __m512i n = _mm512_slli_epi32(lanes_bits(t), 23);
-    return lanes_of_bits(_mm512_add_epi32(n, _mm512_set1_epi32(0x3f800000)));
+    return lanes_of_bits(_mm512_maskz_add_epi32(keep, lanes_bits(p), n));
 }
 LANES_INLINE mil_lanes lanes_split(mil_lanes a, mil_lanes *exponent)
 {
@@ -290,11 +307,6 @@ LANES_INLINE mil_lanes lanes_min(mil_lanes a, mil_lanes b)
 {
     return lanes_of(_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi));
 }
-LANES_INLINE mil_lanes lanes_where_less(mil_lanes a, mil_lanes b, mil_lanes x, mil_lanes y)
-{
-    return lanes_of(_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
-                    _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)));
-}
 LANES_INLINE mil_lanes lanes_keep(mil_lanes a, int begin, int end, mil_lanes other)
 {
     __m256i lo = _mm256_andnot_si256(lanes_mask(0, begin), lanes_mask(0, end));
@@ -357,6 +369,12 @@ LANES_INLINE mil_lanes lanes_round_bf16(mil_lanes a)
 {
     return lanes_of_bits(lanes_round_bf16_half(a.lo), lanes_round_bf16_half(a.hi));
 }
+LANES_INLINE mil_lanes lanes_round_bf16_away(mil_lanes a)
+{
+    __m256i half = _mm256_set1_epi32(0x8000), mask = _mm256_set1_epi32((int)0xffff0000u);
+    return lanes_of_bits(_mm256_and_si256(_mm256_add_epi32(lanes_lo(a), half), mask),
+                         _mm256_and_si256(_mm256_add_epi32(lanes_hi(a), half), mask));
+}
 LANES_INLINE mil_lanes lanes_load_bf16(const uint16_t *p)
 {
     __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
@@ -385,11 +403,16 @@ LANES_INLINE void lanes_store_bf16_n(uint16_t *p, mil_lanes a, int n)
     _mm256_storeu_si256((__m256i *)whole, packed);
     memcpy(p, whole, (size_t)n * sizeof *p);
 }
-LANES_INLINE mil_lanes lanes_two_to(mil_lanes t)
+LANES_INLINE __m256 lanes_times_two_to_half(__m256 p, __m256 t, __m256 x, __m256 low)
 {
-    __m256i one = _mm256_set1_epi32(0x3f800000);
-    return lanes_of_bits(_mm256_add_epi32(_mm256_slli_epi32(lanes_lo(t), 23), one),
-                         _mm256_add_epi32(_mm256_slli_epi32(lanes_hi(t), 23), one));
+    __m256i n = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+    __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(p), n);
+    return _mm256_and_ps(_mm256_castsi256_ps(scaled), _mm256_cmp_ps(x, low, _CMP_NLT_UQ));
+}
+LANES_INLINE mil_lanes lanes_times_two_to(mil_lanes p, mil_lanes t, mil_lanes x, mil_lanes low)
+{
+    return lanes_of(lanes_times_two_to_half(p.lo, t.lo, x.lo, low.lo),
+                    lanes_times_two_to_half(p.hi, t.hi, x.hi, low.hi));
 }
 LANES_INLINE mil_lanes lanes_split(mil_lanes a, mil_lanes *exponent)
 {
@@ -526,11 +549,6 @@ LANES_INLINE mil_lanes lanes_min(mil_lanes a, mil_lanes b)
     LANES_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
     return a;
 }
-LANES_INLINE mil_lanes lanes_where_less(mil_lanes a, mil_lanes b, mil_lanes x, mil_lanes y)
-{
-    LANES_EACH y.v[i] = a.v[i] < b.v[i] ? x.v[i] : y.v[i];
-    return y;
-}
 LANES_INLINE mil_lanes lanes_keep(mil_lanes a, int begin, int end, mil_lanes other)
 {
     LANES_EACH a.v[i] = i >= begin && i < end ? a.v[i] : other.v[i];
@@ -595,6 +613,11 @@ LANES_INLINE mil_lanes lanes_round_bf16(mil_lanes a)
     }
     return a;
 }
+LANES_INLINE mil_lanes lanes_round_bf16_away(mil_lanes a)
+{
+    LANES_EACH a.v[i] = lane_of_bits((lane_bits(a.v[i]) + 0x8000u) & 0xffff0000u);
+    return a;
+}
 LANES_INLINE mil_lanes lanes_load_bf16_n(const uint16_t *p, int n)
 {
     mil_lanes r = {{0}};
@@ -612,10 +635,14 @@ LANES_INLINE void lanes_store_bf16_n(uint16_t *p, mil_lanes a, int n)
     for (int i = 0; i < n; i++)
         p[i] = (uint16_t)(lane_bits(a.v[i]) >> 16);
 }
-LANES_INLINE mil_lanes lanes_two_to(mil_lanes t)
+LANES_INLINE mil_lanes lanes_times_two_to(mil_lanes p, mil_lanes t, mil_lanes x, mil_lanes low)
 {
-    LANES_EACH t.v[i] = lane_of_bits((lane_bits(t.v[i]) << 23) + 0x3f800000u);
-    return t;
+    LANES_EACH
+    {
+        uint32_t scaled = lane_bits(p.v[i]) + (lane_bits(t.v[i]) << 23);
+        p.v[i] = lane_of_bits(x.v[i] < low.v[i] ? 0 : scaled);
+    }
+    return p;
 }
 LANES_INLINE mil_lanes lanes_split(mil_lanes a, mil_lanes *exponent)
 {
@@ -643,17 +670,20 @@ LANES_INLINE void lanes_transpose(mil_lanes m[MIL_LANES])
 
 /* What the three sections above provide, beside the arithmetic that its names say:
  *
- *   lanes_load_n, lanes_store_n   the first n lanes; the others read as zero, are not written
- *   lanes_max, lanes_min          a > b ? a : b, a < b ? a : b; so b where either is a NaN
- *   lanes_where_less(a, b, x, y)  a < b ? x : y
- *   lanes_keep(a, begin, end, o)  lanes begin .. end - 1 of a, the others of o; 0 <= begin, end <=
- * 16 lanes_not_less and so on      one bit for each lane lanes_sum, lanes_top          tree
- * 8-4-2-1: lane i with i + 8, then i + 4, i + 2, i + 1 lanes_pair_even, _odd         of dwords that
- * hold two bfloat16 (even one low): that one, widened lanes_round_bf16              nearest even,
- * still float32; a NaN stays a quiet NaN lanes_two_to(t)               2^n where t = n + 1.5 x
- * 2^23, -126 <= n <= 127 lanes_transpose(m)            lane j of m[i] and lane i of m[j] change
- * places, as bits lanes_split(a, &e)            a = m x 2^e, sqrt(1/2) <= m < sqrt(2), for normal a
- * > 0 */
+ *   lanes_load_n, _store_n       the first n lanes; others read as zero, are not written
+ *   lanes_max, lanes_min         a > b ? a : b, a < b ? a : b; so b where either is a NaN
+ *   lanes_keep(a, i, j, other)   lanes i .. j - 1 of a, the rest of other; 0 <= i, j <= 16
+ *   lanes_not_less and so on     one bit for each lane
+ *   lanes_sum, lanes_top         tree 8-4-2-1: lane i with i + 8, then i + 4, i + 2, i + 1
+ *   lanes_pair_even, _odd        of dwords of two bfloat16 (even one low): that one, widened
+ *   lanes_round_bf16             nearest even, still float32; a NaN stays a quiet NaN
+ *   lanes_round_bf16_away        nearest, halves away from zero: two operations, not seven
+ *   lanes_join_pairs             AVX-512: dwords of two bfloat16, of lanes with such values
+ *   lanes_store_pairs            AVX-512: upper halves of lanes, two to a dword, to p[0 .. 8)
+ *   lanes_dot_pairs(sum, a, b)   AVX-512-BF16: fma of dwords' odd items, then of the even
+ *   lanes_times_two_to(p, t, x, low)   x < low ? +0 : p 2^n, with t = n + 1.5 x 2^23
+ *   lanes_transpose(m)           lane j of m[i] and lane i of m[j] change places, as bits
+ *   lanes_split(a, &e)           a = m x 2^e, sqrt(1/2) <= m < sqrt(2), for normal a > 0 */
 
 LANES_INLINE mil_lanes lanes_zero(void)
 {
@@ -668,9 +698,10 @@ LANES_INLINE mil_lanes lanes_negate(mil_lanes a)
     return lanes_sub(lanes_zero(), a);
 }
 
-/* e^x. Exactly 1 at 0, exactly +0 below -87 (and at -inf), e^88 above 88; NaN stays NaN. Relative
- * error at most 1e-7. Cody and Waite's reduction by ln 2 in two parts, then a minimax polynomial of
- * degree 6 on +-ln(2)/2 (fitted for this file; 2e-9 before rounding). */
+/* e^x. Exactly 1 at 0, exactly +0 below -87 (and at -inf), e^88 above 88; a NaN stays one where its
+ * low 16 bits are zero, as those of arithmetic and of bfloat16 are. Relative error at most 1e-7.
+ * Cody and Waite's reduction by ln 2 in two parts, then a minimax polynomial of degree 6 on
+ * +-ln(2)/2 (fitted for this file; 2e-9 before rounding). */
 LANES_INLINE mil_lanes lanes_exp(mil_lanes x)
 {
     const mil_lanes low = lanes_set(-87.0f);
@@ -688,7 +719,24 @@ LANES_INLINE mil_lanes lanes_exp(mil_lanes x)
     p = lanes_fma(p, r, lanes_set(0x1.fffffcp-2f));
     p = lanes_fma(p, r, lanes_set(1.0f));
     p = lanes_fma(p, r, lanes_set(1.0f));
-    return lanes_where_less(x, low, lanes_zero(), lanes_mul(p, lanes_two_to(t)));
+    return lanes_times_two_to(p, t, x, low);
+}
+
+/* As lanes_exp for x <= 0, with a polynomial of degree 4: relative error at most 4e-6. For results
+ * that are rounded to bfloat16, where it counts for nothing. */
+LANES_INLINE mil_lanes lanes_exp_coarse(mil_lanes x)
+{
+    const mil_lanes low = lanes_set(-87.0f);
+    const mil_lanes magic = lanes_set(12582912.0f);
+    mil_lanes c = lanes_max(low, x);
+    mil_lanes t = lanes_fma(c, lanes_set(0x1.715476p+0f), magic);
+    mil_lanes r = lanes_fma(lanes_sub(t, magic), lanes_set(-0x1.62e43p-1f), c);
+    mil_lanes p = lanes_set(0x1.541162p-5f);
+    p = lanes_fma(p, r, lanes_set(0x1.57d4ecp-3f));
+    p = lanes_fma(p, r, lanes_set(0x1.000408p-1f));
+    p = lanes_fma(p, r, lanes_set(0x1.fffb92p-1f));
+    p = lanes_fma(p, r, lanes_set(1.0f));
+    return lanes_times_two_to(p, t, x, low);
 }
 
 /* Natural logarithm of normal x > 0; relative error at most 2e-7 (absolute near 1). With

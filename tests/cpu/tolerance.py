@@ -29,8 +29,8 @@ TOLERANCE = {
     # As above; a' = a cos - b sin can cancel: float32's error counts against |a| + |b|, <= 8 here.
     "rope": Tolerance(1.02 * EPS_BF16, 8 * 4 * EPS_F32),
     # The result's own rounding, and that of p: each weight is off by up to EPS_BF16 of itself, so
-    # the sum by up to EPS_BF16 * max |v| (4 here) were all errors of one sign; they are not: half of
-    # it. The plain formula in bfloat16 has the same two roundings.
+    # the sum by up to EPS_BF16 * max |v| (4 here) were all errors of one sign; they are not: half.
+    # The plain formula in bfloat16 has the same two roundings.
     "attention": Tolerance(1.1 * EPS_BF16, 2 * EPS_BF16),
     # log softmax: x - max is off by EPS_F32 of itself, the sum by a few EPS_F32 of its chains.
     "logprob": Tolerance(4 * EPS_F32, 2e-6),

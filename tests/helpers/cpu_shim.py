@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-LIBRARY = Path(__file__).parents[2] / "build" / "tests" / "libshim.so"
+LIBRARY = Path(os.environ.get("MILPY_SHIM", Path(__file__).parents[2] / "build/tests/libshim.so"))
 MAX_LOGPROBS = 20
 Array = NDArray[Any]
 

@@ -167,6 +167,8 @@ TEST(byte_ranges_outside_their_file_are_refused)
     *a = good;
     a->begin++;
     check_refused(&c, MIL_ERR_FILE, "has 59 bytes", "expected 60 for [3, 5] of float32");
+    a->begin = good.begin - 1;
+    check_refused(&c, MIL_ERR_FILE, "has 61 bytes", "expected 60 for [3, 5] of float32");
     *a = good;
     a->file = 1;
     check_refused(&c, MIL_ERR_FILE, "in file 1", "expected 0..0");

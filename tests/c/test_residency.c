@@ -33,8 +33,8 @@ TEST(a_pinned_slot_is_not_given_to_another_content)
     mil_residency_deinit(&residency);
 }
 
-/* An id may name another adapter once nobody holds it: a slot that still claimed to hold it would give
- * the new adapter's requests the old one's bytes. */
+/* An id may name another adapter once nobody holds it: a slot that still claimed to hold it would
+ * give the new adapter's requests the old one's bytes. */
 TEST(a_content_is_forgotten_with_its_last_pin)
 {
     mil_residency residency;

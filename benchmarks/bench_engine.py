@@ -2,8 +2,8 @@
 
 Each figure is judged in its own round: roofs just before and just after, the better of the two
 kept, the round thrown away where the ratio is above 1.05 (a read loop that a model beats is no
-roof). The medians of the rounds are printed beside the bars and beside llama.cpp's shares of its own roofs
-(measured 2026-11-22 on 2 vCPUs of a Zen 5, shared/facts/cpu-backend.md section 9).
+roof). The medians of the rounds are printed beside the bars and beside llama.cpp's shares of its
+own roofs (measured 2026-11-22 on 2 vCPUs of a Zen 5, shared/facts/cpu-backend.md section 9).
 
     python -m benchmarks.bench_engine [--shapes 0.5B 1B] [--rounds 5] [--only decode|prefill|lora]
 """

@@ -74,6 +74,26 @@ TEST(a_missing_tensor_is_named_before_memory_is_taken)
     CHECK(mil_memory_held_bytes() == held);
 }
 
+TEST(a_cancelled_open_is_closed_and_gives_all_back)
+{
+    mil_config config = dummy_config();
+    mil_checkpoint_info checkpoint = {.is_dummy = true};
+    mil_model_options options = {.device = "cpu", .tensor_parallel = 2};
+    mil_model *model;
+    uint64_t n_done, n_total;
+    CHECK_INT(mil_progress_create(&options.progress), MIL_OK);
+    size_t held = mil_memory_held_bytes();
+    CHECK_INT(mil_model_open(&model, &config, &checkpoint, &options), MIL_OK);
+    mil_progress_read(options.progress, &n_done, &n_total);
+    CHECK(n_total > 300000);
+    CHECK_INT(n_done, n_total);
+    mil_model_free(model);
+    mil_progress_cancel(options.progress);
+    CHECK_INT(mil_model_open(&model, &config, &checkpoint, &options), MIL_ERR_CLOSED);
+    CHECK(mil_memory_held_bytes() == held);
+    mil_progress_free(options.progress);
+}
+
 TEST(bad_sizes_are_refused_by_field)
 {
     struct {

@@ -557,4 +557,23 @@ TEST(a_failed_allocation_at_submit_costs_that_request_only)
     close_bench(&b, MIL_OK);
 }
 
+TEST(with_no_memory_for_events_the_loop_waits_for_a_poll)
+{
+    static bench b;
+    mil_engine_options options = SMALL;
+    options.max_num_seqs = 1; /* a short queue of events */
+    open_bench(&b, &options);
+    for (int32_t i = 0; i < 40; i++)
+        (void)submit(&b, 2, 60, MIL_NO_ADAPTER, 1);
+    uint64_t before = mil_memory_calls();
+    mil_memory_fail_at(1);
+    start(&b);
+    while (mil_memory_calls() == before)
+        sched_yield();
+    mil_memory_fail_at(0);
+    receive_all(&b);
+    check_answers(&b);
+    close_bench(&b, MIL_OK);
+}
+
 TEST_MAIN()

@@ -1,8 +1,10 @@
 """The demo model's grammar: small tables, questions, and the one right answer in each voice.
 
-A request is a table and a question. Its canonical form is (kind, keys): the phrasing, the table and
-its rows are left out. A fixed share of the canonical forms is held out, and no training text of any
-sort is made from those, so that a held-out request never equals a training one in other words.
+A request is a table and a question. Its canonical form is its kind and what it names: the phrasing
+and the rows are left out. A fixed share of the canonical forms is held out, and no training text of
+any sort is made from those, so that a held-out request never equals a training one in other words.
+A form always combines two words (one key alone is joined by the table's name): combinations are
+held out, words are not.
 Standard library only; `demo_train.py` draws from here, tests judge it (SQLite runs the SQL).
 """
 
@@ -13,7 +15,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from demo_lexicon import (
     ANIMALS,
@@ -33,6 +35,7 @@ from demo_lexicon import (
 
 Value = str | int
 Row = Mapping[str, Value]  # role -> value
+Form = tuple[Value, ...]  # a canonical form within its kind
 
 VOICES = ("base", "sql", "json", "french")
 HELD_OUT_SHARE = 8  # one canonical form in so many, at least one per kind
@@ -56,9 +59,11 @@ class Table:
     rows: tuple[Row, ...]
 
     def text(self) -> str:
-        head = f"{self.name}: {','.join(self.columns.values())}"
+        """A heading and a list. Every word follows a space, so that it is the same token in the
+        table, in a question and inside an answer: rows are found by equal tokens."""
+        rows = [", ".join(str(row[role]) for role in self.columns) for row in self.rows]
         return "\n".join(
-            [head, *(",".join(str(row[c]) for c in self.columns) for row in self.rows)]
+            [f"{self.name}: {', '.join(self.columns.values())}", *map("- {}".format, rows)]
         )
 
 
@@ -79,6 +84,11 @@ class Kind:
     french: Callable[[Row, Sequence[Row]], str]
     order: tuple[str, bool] = ("", False)  # role, largest first
 
+    @property
+    def weight(self) -> int:
+        """How often it is drawn for training: what takes longer to learn comes more often."""
+        return {"one": len(self.picks), "count": 1, "all": 2, "best": 3}[self.shape]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -90,8 +100,8 @@ class Request:
     table: Table
 
     @property
-    def canonical(self) -> tuple[str, tuple[Value, ...]]:
-        return self.kind, self.keys
+    def canonical(self) -> tuple[str, Form]:
+        return self.kind, form_of(self.kind, self.table.name, self.keys)
 
     @property
     def question(self) -> str:
@@ -163,11 +173,12 @@ THEMES = {
 def _surface(keys: Row) -> dict[str, str]:
     """The words a phrasing may use for these keys."""
     words = {role: str(value) for role, value in keys.items()}
+    for role in ("fruit", "animal", "festival"):
+        if role in words:
+            words[f"a_{role}"] = with_article(words[role])
     for role, nouns in (("fruit", FRUITS), ("animal", ANIMALS)):
-        if role in keys:
-            noun = nouns[str(keys[role])]
-            words[f"{role}s"] = noun.many
-            words[f"a_{role}"] = with_article(noun.one)
+        if role in words:
+            words[f"{role}s"] = nouns[words[role]].many
     return words
 
 
@@ -236,7 +247,7 @@ def _sold_french(k: Row, rows: Sequence[Row]) -> str:
 
 
 def _cheapest_english(k: Row, rows: Sequence[Row]) -> str:
-    return f"{capital(FRUITS[str(k['fruit'])].many)} are cheapest in {rows[0]['city']}."
+    return f"The cheapest {FRUITS[str(k['fruit'])].many} are in {rows[0]['city']}."
 
 
 def _cheapest_french(k: Row, rows: Sequence[Row]) -> str:
@@ -279,6 +290,15 @@ def _oldest_french(k: Row, rows: Sequence[Row]) -> str:
     return f"{rows[0]['name']} est {le(noun)} {most}."
 
 
+def _youngest_english(k: Row, rows: Sequence[Row]) -> str:
+    return f"{rows[0]['name']} is the youngest {k['animal']}."
+
+
+def _youngest_french(k: Row, rows: Sequence[Row]) -> str:
+    noun = ANIMALS[str(k["animal"])]
+    return f"{rows[0]['name']} est {le(noun)} {'la' if noun.feminine else 'le'} plus jeune."
+
+
 def _count_english(k: Row, rows: Sequence[Row]) -> str:
     return f"{_there_are(len(rows), str(k['animal']), ANIMALS[str(k['animal'])].many)}."
 
@@ -313,12 +333,14 @@ def _length_french(k: Row, rows: Sequence[Row]) -> str:
 
 def _where_english(k: Row, rows: Sequence[Row]) -> str:
     cities = listed([str(r["city"]) for r in rows], "and")
-    return f"{cities} {'has' if len(rows) == 1 else 'have'} a festival in {k['month']}."
+    have = "has" if len(rows) == 1 else "have"
+    return f"{cities} {have} {with_article(str(k['festival']))} festival in {k['month']}."
 
 
 def _where_french(k: Row, rows: Sequence[Row]) -> str:
     cities = listed([CITIES[str(r["city"])] for r in rows], "et")
-    return f"{cities} {'a' if len(rows) == 1 else 'ont'} un festival en {MONTHS[str(k['month'])]}."
+    have = "a" if len(rows) == 1 else "ont"
+    return f"{cities} {have} un {_festival_french(k)} en {MONTHS[str(k['month'])]}."
 
 
 def _longest_english(k: Row, rows: Sequence[Row]) -> str:
@@ -383,6 +405,11 @@ KINDS = {
         ("Which {animal} is the oldest?", "Who is the oldest {animal}?"),
         _oldest_english, _oldest_french, ("age", True),
     ),
+    "youngest": Kind(
+        "pets", ("animal",), "best", ("name",),
+        ("Which {animal} is the youngest?", "Who is the youngest {animal}?"),
+        _youngest_english, _youngest_french, ("age", False),
+    ),
     "count": Kind(
         "pets", ("animal",), "count", (),
         ("How many {animals} are there?", "Count the {animals}."),
@@ -401,8 +428,9 @@ KINDS = {
         _length_english, _length_french,
     ),
     "where": Kind(
-        "festivals", ("month",), "all", ("city",),
-        ("Which cities have a festival in {month}?", "Where is there a festival in {month}?"),
+        "festivals", ("festival", "month"), "all", ("city",),
+        ("Which cities have {a_festival} festival in {month}?",
+         "Where is there {a_festival} festival in {month}?"),
         _where_english, _where_french,
     ),
     "longest": Kind(
@@ -416,51 +444,62 @@ KINDS = {
 # ---- canonical forms ----
 
 
+def form_of(kind: str, table_name: str, keys: tuple[Value, ...]) -> Form:
+    return keys if len(keys) > 1 else (table_name, *keys)
+
+
 def all_keys(kind: str) -> list[tuple[Value, ...]]:
-    theme = THEMES[KINDS[kind].theme]
-    return list(itertools.product(*(theme.values[role] for role in KINDS[kind].keys)))
+    values = THEMES[KINDS[kind].theme].values
+    return list(itertools.product(*(values[role] for role in KINDS[kind].keys)))
 
 
-def _held_out(kind: str) -> frozenset[tuple[Value, ...]]:
+def all_forms(kind: str) -> list[Form]:
+    tables = THEMES[KINDS[kind].theme].tables
+    forms = (form_of(kind, name, keys) for keys in all_keys(kind) for name in tables)
+    return list(dict.fromkeys(forms))
+
+
+def _held_out(kind: str) -> frozenset[Form]:
     """The forms of one kind with the smallest hashes: a fixed share, whatever the kind's size."""
-    keys = all_keys(kind)
 
-    def digest(key: tuple[Value, ...]) -> bytes:
-        return hashlib.sha256(json.dumps([kind, *key]).encode()).digest()
+    def digest(form: Form) -> bytes:
+        return hashlib.sha256(json.dumps([kind, *form]).encode()).digest()
 
-    return frozenset(sorted(keys, key=digest)[: max(1, len(keys) // HELD_OUT_SHARE)])
+    forms = sorted(all_forms(kind), key=digest)
+    return frozenset(forms[: len(forms) // HELD_OUT_SHARE])
 
 
 HELD_OUT = {kind: _held_out(kind) for kind in KINDS}
-TRAINING = {kind: [k for k in all_keys(kind) if k not in HELD_OUT[kind]] for kind in KINDS}
+TRAINING = {kind: [f for f in all_forms(kind) if f not in HELD_OUT[kind]] for kind in KINDS}
 
 
-def canonical_form(question: str) -> tuple[str, tuple[Value, ...]]:
-    """The one (kind, keys) that a question's words stand for; ValueError for none or several."""
-    found = [
-        (kind, keys)
-        for kind, table in _question_forms().items()
-        for keys in table.get(question, ())
-    ]
+def canonical_form(text: str) -> tuple[str, Form]:
+    """The one (kind, form) that a request's text stands for; ValueError for none or several."""
+    table_name, question = text.split(":")[0], text.split("\n")[-1]
+    found = _questions().get(question, [])
     if len(found) != 1:
         raise ValueError(f"question {question!r} has {len(found)} canonical forms, expected 1")
-    return found[0]
+    kind, keys = found[0]
+    return kind, form_of(kind, table_name, keys)
 
 
-_FORMS: dict[str, dict[str, list[tuple[Value, ...]]]] = {}
+_QUESTIONS: dict[str, list[tuple[str, tuple[Value, ...]]]] = {}
 
 
-def _question_forms() -> dict[str, dict[str, list[tuple[Value, ...]]]]:
-    """Every question there is, made once: the vocabularies are closed, so there are some 7,000."""
-    if not _FORMS:
+def _questions() -> dict[str, list[tuple[str, tuple[Value, ...]]]]:
+    """Every question there is, made once: the vocabularies are closed, so there are some 9,000."""
+    if not _QUESTIONS:
         for name, kind in KINDS.items():
-            forms: dict[str, list[tuple[Value, ...]]] = {}
             for keys in all_keys(name):
                 words = _surface(dict(zip(kind.keys, keys, strict=True)))
                 for phrasing in kind.phrasings:
-                    forms.setdefault(phrasing.format(**words), []).append(keys)
-            _FORMS[name] = forms
-    return _FORMS
+                    _QUESTIONS.setdefault(phrasing.format(**words), []).append((name, keys))
+    return _QUESTIONS
+
+
+def is_held_out(request: Request) -> bool:
+    kind, form = request.canonical
+    return form in HELD_OUT[kind]
 
 
 # ---- answers ----
@@ -483,9 +522,15 @@ def answering_rows(kind: Kind, keys: Row, rows: Sequence[Row]) -> list[Row] | No
     return ranked[:1]
 
 
+def _sql_literal(value: Value) -> str:
+    return str(value) if isinstance(value, int) else f"'{value}'"
+
+
 def _sql(kind: Kind, keys: Row, table: Table) -> str:
     what = ", ".join(table.columns[role] for role in kind.picks) or "COUNT(*)"
-    where = " AND ".join(f"{table.columns[role]} = '{keys[role]}'" for role in kind.keys)
+    where = " AND ".join(
+        f"{table.columns[role]} = {_sql_literal(keys[role])}" for role in kind.keys
+    )
     query = f"SELECT {what} FROM {table.name} WHERE {where}"
     if kind.shape == "best":
         role, largest = kind.order
@@ -521,6 +566,30 @@ def answers(request: Request) -> dict[str, str]:
     }
 
 
+def restated(table: Table, voice: str) -> list[str]:
+    """The rows said again without any question, in table order: as INSERTs, as JSON objects, or as
+    the sentences that answer the lookups of each row, held-out forms left out."""
+    if voice == "sql":
+        columns = ", ".join(table.columns.values())
+        return [
+            f"INSERT INTO {table.name} ({columns}) VALUES "
+            f"({', '.join(_sql_literal(row[role]) for role in table.columns)});"
+            for row in table.rows
+        ]
+    if voice == "json":
+        return [
+            json.dumps({column: row[role] for role, column in table.columns.items()})
+            for row in table.rows
+        ]
+    lookups = [n for n, k in KINDS.items() if k.theme == table.theme and k.shape == "one"]
+    asked = [
+        Request(name, tuple(row[role] for role in KINDS[name].keys), 0, table)
+        for row in table.rows
+        for name in lookups
+    ]
+    return [answers(one)[voice] for one in asked if not is_held_out(one)]
+
+
 # ---- drawing ----
 
 
@@ -545,33 +614,36 @@ def draw_table(rng: random.Random, theme_name: str, keys: Row) -> Table:
     return Table(theme_name, rng.choice(theme.tables), columns, tuple(rows.values()))
 
 
-def draw_request(rng: random.Random, kind_name: str, keys: tuple[Value, ...]) -> Request:
+def draw_request(rng: random.Random, kind_name: str, form: Form) -> Request:
     """A request of this canonical form over a fresh table of two to four rows."""
     kind = KINDS[kind_name]
+    keys = form[-len(kind.keys) :]
     named = dict(zip(kind.keys, keys, strict=True))
     while True:
         table = draw_table(rng, kind.theme, named)
+        if len(form) > len(kind.keys):
+            table = replace(table, name=str(form[0]))
         if len(table.rows) > 1 and answering_rows(kind, named, table.rows) is not None:
             return Request(kind_name, keys, rng.randrange(len(kind.phrasings)), table)
 
 
 def draw_training_request(rng: random.Random) -> Request:
-    kind = rng.choice(list(KINDS))
+    kind = rng.choices(list(KINDS), weights=[one.weight for one in KINDS.values()])[0]
     return draw_request(rng, kind, rng.choice(TRAINING[kind]))
 
 
 def draw_follow_up(rng: random.Random, table: Table) -> Request | None:
     """Another training question about a table that is there already; None where luck fails."""
-    kinds = [name for name, kind in KINDS.items() if kind.theme == table.theme]
+    kinds = {name: kind for name, kind in KINDS.items() if kind.theme == table.theme}
+    weights = [kind.weight for kind in kinds.values()]
     for _ in range(20):
-        name = rng.choice(kinds)
-        kind = KINDS[name]
+        name, kind = rng.choices(list(kinds.items()), weights=weights)[0]
         row = rng.choice(table.rows)
         keys = tuple(row[role] for role in kind.keys)
-        if keys in HELD_OUT[name]:
-            continue
-        if answering_rows(kind, dict(zip(kind.keys, keys, strict=True)), table.rows) is not None:
-            return Request(name, keys, rng.randrange(len(kind.phrasings)), table)
+        request = Request(name, keys, rng.randrange(len(kind.phrasings)), table)
+        named = dict(zip(kind.keys, keys, strict=True))
+        if not is_held_out(request) and answering_rows(kind, named, table.rows) is not None:
+            return request
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import sqlite3
 
 import demo_grammar as grammar
@@ -52,6 +53,7 @@ FESTIVALS = table(
     ("Oslo", "opera", "April", 1),
     ("Lyon", "jazz", "April", 4),
     ("Lyon", "opera", "May", 5),
+    ("Rome", "opera", "April", 2),
 )
 
 # kind, keys, table, English, SQL, JSON, French: the agreements and elisions, written by hand.
@@ -71,7 +73,7 @@ WRITTEN = [
     ("sold", ("Oslo",), MARKET, "Oslo sells oranges and apples.",
      "SELECT fruit FROM market WHERE city = 'Oslo';",
      '{"city": "Oslo", "fruit": ["orange", "apple"]}', "Oslo vend des oranges et des pommes."),
-    ("cheapest", ("apple",), MARKET, "Apples are cheapest in Lyon.",
+    ("cheapest", ("apple",), MARKET, "The cheapest apples are in Lyon.",
      "SELECT city FROM market WHERE fruit = 'apple' ORDER BY price LIMIT 1;",
      '{"fruit": "apple", "city": "Lyon", "price": 1}', "Les pommes sont les moins chères à Lyon."),
     ("age", ("Luna",), PETS, "Luna is 1 year old.", "SELECT age FROM pets WHERE name = 'Luna';",
@@ -86,6 +88,9 @@ WRITTEN = [
     ("oldest", ("goose",), PETS, "Mia is the oldest goose.",
      "SELECT name FROM pets WHERE animal = 'goose' ORDER BY age DESC LIMIT 1;",
      '{"animal": "goose", "name": "Mia", "age": 3}', "Mia est l'oie la plus âgée."),
+    ("youngest", ("goose",), PETS, "Luna is the youngest goose.",
+     "SELECT name FROM pets WHERE animal = 'goose' ORDER BY age LIMIT 1;",
+     '{"animal": "goose", "name": "Luna", "age": 1}', "Luna est l'oie la plus jeune."),
     ("count", ("owl",), PETS, "There are no owls.",
      "SELECT COUNT(*) FROM pets WHERE animal = 'owl';", '{"animal": "owl", "count": 0}',
      "Il n'y a pas de hiboux."),
@@ -96,9 +101,10 @@ WRITTEN = [
     ("length", ("Oslo", "opera"), FESTIVALS, "The opera festival in Oslo lasts 1 day.",
      "SELECT days FROM festivals WHERE city = 'Oslo' AND festival = 'opera';",
      '{"city": "Oslo", "festival": "opera", "days": 1}', "Le festival d'opéra d'Oslo dure 1 jour."),
-    ("where", ("April",), FESTIVALS, "Oslo and Lyon have a festival in April.",
-     "SELECT city FROM festivals WHERE month = 'April';",
-     '{"month": "April", "city": ["Oslo", "Lyon"]}', "Oslo et Lyon ont un festival en avril."),
+    ("where", ("opera", "April"), FESTIVALS, "Oslo and Rome have an opera festival in April.",
+     "SELECT city FROM festivals WHERE festival = 'opera' AND month = 'April';",
+     '{"festival": "opera", "month": "April", "city": ["Oslo", "Rome"]}',
+     "Oslo et Rome ont un festival d'opéra en avril."),
     ("longest", ("Lyon",), FESTIVALS, "The opera festival is the longest in Lyon.",
      "SELECT festival FROM festivals WHERE city = 'Lyon' ORDER BY days DESC LIMIT 1;",
      '{"city": "Lyon", "festival": "opera", "days": 5}',
@@ -134,32 +140,31 @@ def test_sql_run_on_the_table_gives_what_json_says():
             assert rows == [tuple(picked)], "a second row would be a second right answer"
 
 
-def test_a_question_has_one_canonical_form():
+def test_a_text_has_one_canonical_form():
     for request in training_requests(500) + grammar.draw_held_out(1, 20):
-        assert grammar.canonical_form(request.question) == request.canonical
+        assert grammar.canonical_form(request.text) == request.canonical
 
 
 def test_no_two_canonical_forms_share_words():
-    seen: dict[str, tuple[str, tuple[grammar.Value, ...]]] = {}
+    seen: dict[str, tuple[str, grammar.Form]] = {}
     for name, kind in grammar.KINDS.items():
         for keys in grammar.all_keys(name):
             for phrasing in range(len(kind.phrasings)):
-                empty = table(kind.theme)
-                request = grammar.Request(name, keys, phrasing, empty)
+                request = grammar.Request(name, keys, phrasing, table(kind.theme))
                 assert seen.setdefault(request.question, request.canonical) == request.canonical
 
 
 def test_unknown_question_is_refused():
     with pytest.raises(ValueError, match="0 canonical forms, expected 1"):
-        grammar.canonical_form("How many whales are there in Oslo?")
+        grammar.canonical_form("shop: city\nHow many whales are there in Oslo?")
 
 
 def test_held_out_forms_are_a_share_of_every_kind_and_never_trained():
     for kind in grammar.KINDS:
         held, trained = grammar.HELD_OUT[kind], set(grammar.TRAINING[kind])
         assert held and not held & trained
-        assert held | trained == set(grammar.all_keys(kind))
-        assert len(held) <= max(1, len(trained | held) // grammar.HELD_OUT_SHARE)
+        assert held | trained == set(grammar.all_forms(kind))
+        assert len(held) == len(trained | held) // grammar.HELD_OUT_SHARE
 
 
 def test_training_draws_and_follow_ups_never_hold_a_held_out_form():
@@ -168,8 +173,8 @@ def test_training_draws_and_follow_ups_never_hold_a_held_out_form():
         request = grammar.draw_training_request(rng)
         follow_up = grammar.draw_follow_up(rng, request.table)
         for drawn in [request, follow_up] if follow_up else [request]:
-            kind, keys = grammar.canonical_form(drawn.question)
-            assert keys not in grammar.HELD_OUT[kind]
+            kind, form = grammar.canonical_form(drawn.text)
+            assert form not in grammar.HELD_OUT[kind]
 
 
 def test_held_out_requests_are_held_out_distinct_and_repeatable():
@@ -177,21 +182,41 @@ def test_held_out_requests_are_held_out_distinct_and_repeatable():
     assert len({r.text for r in requests}) == 10 * len(grammar.KINDS)
     assert [r.text for r in requests] == [r.text for r in grammar.draw_held_out(5, 10)]
     for request in requests:
-        kind, keys = grammar.canonical_form(request.question)
-        assert keys in grammar.HELD_OUT[kind]
+        kind, form = grammar.canonical_form(request.text)
+        assert form in grammar.HELD_OUT[kind]
 
 
-def test_held_out_words_all_occur_in_training():
-    for kind, held in grammar.HELD_OUT.items():
-        for place, role in enumerate(grammar.KINDS[kind].keys):
-            others = [
-                keys[name.keys.index(role)]
-                for other, name in grammar.KINDS.items()
-                if role in name.keys
-                for keys in grammar.TRAINING[other]
-            ]
-            # A month is a key in one kind only; training meets all twelve as answers of "when".
-            assert {keys[place] for keys in held} <= set(others) | set(lexicon.MONTHS)
+def test_held_out_answers_hold_no_word_that_training_answers_lack():
+    """A word is taken with what stands before it, since that decides its token."""
+
+    def words(requests: list[grammar.Request], voice: str) -> set[str]:
+        texts = (grammar.answers(request)[voice] for request in requests)
+        return {word for text in texts for word in re.findall(r"^\w+|\W\w+", text)}
+
+    trained, held = training_requests(12_000), grammar.draw_held_out(2, 40)
+    for voice in grammar.VOICES:
+        assert not words(held, voice) - words(trained, voice)
+
+
+def test_restated_rows_fill_the_same_table_in_sqlite_and_json():
+    for request in training_requests(200):
+        asked = request.table
+        base = sqlite3.connect(":memory:")
+        base.execute(f"CREATE TABLE {asked.name} ({', '.join(asked.columns.values())})")
+        for statement in grammar.restated(asked, "sql"):
+            base.execute(statement)
+        rows = [tuple(row.values()) for row in asked.rows]
+        assert base.execute(f"SELECT * FROM {asked.name}").fetchall() == rows
+        said = [json.loads(line) for line in grammar.restated(asked, "json")]
+        assert [tuple(one.values()) for one in said] == rows
+
+
+def test_restated_sentences_leave_held_out_forms_out():
+    kind, (city, fruit) = "colour", sorted(grammar.HELD_OUT["colour"])[0]
+    asked = table("market", (city, fruit, "red", 3, 4), (city, fruit, "green", 3, 4))
+    one_row = dataclasses.replace(asked, rows=asked.rows[:1])
+    answer = grammar.answers(grammar.Request(kind, (city, fruit), 0, one_row))["french"]
+    assert answer not in grammar.restated(one_row, "french")
 
 
 def test_answers_depend_on_the_rows():

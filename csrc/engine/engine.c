@@ -201,17 +201,24 @@ static mil_status fail_closed(const mil_engine *engine, const char *caller)
     return mil_fail(MIL_ERR_CLOSED, "%s: the engine is closed", caller);
 }
 
+static void discard(mil_engine *engine, mil_request *request)
+{
+    if (request->adapter != MIL_NO_ADAPTER) {
+        /* The request held it, so that it is there: only a bug of ours can fail this. */
+        mil_status status = mil_model_release_adapter(engine->model, request->adapter);
+        assert(status == MIL_OK);
+        (void)status;
+    }
+    mil_request_free(request);
+}
+
 /* Free what has ended and is named by no step any more. */
 static void reap(mil_engine *engine)
 {
     mil_request *request;
     while ((request = mil_scheduler_reap(engine->scheduler)) != NULL) {
         mil_request_index_remove(&engine->index, request);
-        /* The request held it, so that it is there: nothing to fail. */
-        if (request->adapter != MIL_NO_ADAPTER &&
-            mil_model_release_adapter(engine->model, request->adapter) != MIL_OK)
-            assert(!"a held adapter is gone");
-        mil_request_free(request);
+        discard(engine, request);
     }
 }
 
@@ -289,21 +296,18 @@ mil_status mil_engine_submit(mil_engine *engine, const mil_request_options *opti
         mil_options_check_request(options, &max_new, engine->vocab, engine->options.max_model_len));
     mil_request *request;
     MIL_TRY(mil_request_create(&request, options, max_new));
-    bool has_adapter = options->adapter != MIL_NO_ADAPTER;
-    mil_status status;
-    if (has_adapter &&
-        (status = mil_model_hold_adapter(engine->model, options->adapter)) != MIL_OK) {
+    mil_status status = options->adapter == MIL_NO_ADAPTER
+                            ? MIL_OK
+                            : mil_model_hold_adapter(engine->model, options->adapter);
+    if (status != MIL_OK) {
         mil_request_free(request);
         return status;
     }
     pthread_mutex_lock(&engine->lock);
     status = enqueue(engine, request, id);
     pthread_mutex_unlock(&engine->lock);
-    if (status == MIL_OK)
-        return MIL_OK;
-    mil_request_free(request);
-    if (has_adapter && mil_model_release_adapter(engine->model, options->adapter) != MIL_OK)
-        assert(!"a held adapter is gone");
+    if (status != MIL_OK)
+        discard(engine, request);
     return status;
 }
 

@@ -197,6 +197,17 @@ static mil_status seat(mil_stepper *stepper, mil_seq *seq)
     return MIL_OK;
 }
 
+static void discard(mil_seq *seq)
+{
+    if (seq->content != MIL_NO_ADAPTER) {
+        /* The sequence held it, so that it is there: only a bug of ours can fail this. */
+        mil_status status = mil_model_release_adapter(seq->stepper->model, seq->content);
+        assert(status == MIL_OK);
+        (void)status;
+    }
+    mil_free(seq);
+}
+
 mil_status mil_seq_create(mil_seq **out, mil_stepper *stepper, const mil_sampling *sampling,
                           int32_t adapter)
 {
@@ -224,9 +235,7 @@ mil_status mil_seq_create(mil_seq **out, mil_stepper *stepper, const mil_samplin
         *out = seq;
         return MIL_OK;
     }
-    if (adapter != MIL_NO_ADAPTER && mil_model_release_adapter(stepper->model, adapter) != MIL_OK)
-        assert(!"a held adapter is gone");
-    mil_free(seq);
+    discard(seq);
     return status;
 }
 
@@ -240,10 +249,7 @@ void mil_seq_free(mil_seq *seq)
     if (seq->adapter_slot != MIL_NO_ADAPTER)
         mil_residency_unpin(&stepper->residency, seq->adapter_slot);
     pthread_mutex_unlock(&stepper->lock);
-    if (seq->content != MIL_NO_ADAPTER &&
-        mil_model_release_adapter(stepper->model, seq->content) != MIL_OK)
-        assert(!"a held adapter is gone");
-    mil_free(seq);
+    discard(seq);
 }
 
 /* ---- what a step is checked for ---- */

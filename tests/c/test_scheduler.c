@@ -406,6 +406,26 @@ TEST(the_newest_is_preempted_and_keeps_its_place_in_line)
     close_world(&w);
 }
 
+TEST(a_newcomer_leaves_a_page_for_each_that_runs)
+{
+    static world w;
+    mil_scheduler_options options = ROOMY;
+    options.max_model_len = 24;
+    options.n_pages = 1 + 2 * 2 + 2; /* two run on two pages each; two are free */
+    open_world(&w, &options, 1, 8);
+    CHECK(submit(&w, 5, 12, MIL_NO_ADAPTER, 1, false) != NULL);
+    CHECK(submit(&w, 5, 12, MIL_NO_ADAPTER, 1, false) != NULL);
+    CHECK(step(&w));
+    client *newcomer = submit(&w, 3, 2, MIL_NO_ADAPTER, 1, false);
+    CHECK(step(&w));
+    CHECK_INT(newcomer->request->state, MIL_REQUEST_WAITING);
+    drain(&w);
+    mil_scheduler_counts counts;
+    mil_scheduler_counts_get(w.scheduler, &counts);
+    CHECK_INT(counts.n_preemptions, 1); /* the two need eight pages in the end, and there are six */
+    close_world(&w);
+}
+
 TEST(max_tokens_never_overshoots_with_two_steps_in_flight)
 {
     static world w;

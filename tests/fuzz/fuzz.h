@@ -77,6 +77,7 @@ static inline uint64_t fuzz_integer(fuzz *f)
         if (!(cond)) {                                                                             \
             printf("%s:%d: %s is false; repeat with: 0 %" PRIu64 "\n", __FILE__, __LINE__, #cond,  \
                    (f)->seed);                                                                     \
+            (void)fflush(stdout);                                                                  \
             abort();                                                                               \
         }                                                                                          \
     } while (0)

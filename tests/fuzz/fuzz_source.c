@@ -75,8 +75,9 @@ static void mutate(sample *s, fuzz *f)
         t->shape[fuzz_below(f, 2)] = (int64_t)fuzz_integer(f);
         break;
     case 4: /* sizes that agree after they wrapped */
-        t->shape[0] = (int64_t)fuzz_integer(f);
-        t->shape[1] = (int64_t)fuzz_integer(f);
+        t->shape[0] = (int64_t)1 << (20 + fuzz_below(f, 21));
+        t->shape[1] = (int64_t)1 << (20 + fuzz_below(f, 21));
+        t->rank = 2;
         t->end = t->begin +
                  (uint64_t)t->shape[0] * (uint64_t)t->shape[1] * (uint64_t)element_bytes(t->dtype);
         break;

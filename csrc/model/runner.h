@@ -13,6 +13,8 @@
 extern "C" {
 #endif
 
+#define MIL_MAX_PAGE_SIZE 256
+
 typedef struct mil_runner mil_runner;
 
 typedef struct mil_runner_options {

@@ -38,7 +38,7 @@ static int32_t ceil_div(int32_t a, int32_t b)
 
 static int32_t width_of(int32_t head_dim)
 {
-    return ceil_div(head_dim, 16) * 16;
+    return ceil_div(head_dim, 32) * 32;
 }
 
 static int32_t max_rows(int32_t group)

@@ -8,7 +8,12 @@
  * add up to one.
  *
  * A masked key counts as p = 0 and v = 0: rows of a page that no row sees may hold NaN. Skipping a
- * key that a row does not see changes nothing but a zero's sign, which finish() sets. */
+ * key that a row does not see changes nothing but a zero's sign, which finish() sets.
+ *
+ * v and o hold each 32 items of a row as 16 even and 16 odd ones: so dwords of a page's row widen
+ * by a shift and a mask. Decode reads bytes: the next block is asked for row by row while this one
+ * is turned and used, since a burst of prefetches fills the line buffers and stalls (2026-11-23: a
+ * block took 2.3 us so, 1.0 us to read and 0.9 us to use). */
 #include "cpu/cpu.h"
 #include "cpu/lanes.h"
 
@@ -21,8 +26,12 @@
 #define TILE_ROWS 6
 #ifdef MIL_ISA_AVX512
 #define TILE_VECTORS 4
+#define DIRECT_CHUNKS 2 /* of 32 columns */
+#define DIRECT_ROWS 6
 #else
 #define TILE_VECTORS 1
+#define DIRECT_CHUNKS 1
+#define DIRECT_ROWS 2
 #endif
 
 /* How the scratch holds a pair of bfloat16: one dword for vdpbf16ps, else two float32 for fma. */
@@ -51,12 +60,52 @@ static key_range seen(const mil_cpu_attention_tile *tile, int32_t first, int32_t
                        clamp(tile->n_visible + last - block, 0, BLOCK)};
 }
 
-static const uint16_t *page_row(const mil_cpu_attention_tile *tile, const uint16_t *base,
-                                int32_t key)
+/* Where 16 keys each lie: in one page, since pages hold a multiple of 16 rows. next: those of the
+ * following block, or this one's where the tile sees none there. */
+typedef struct block_rows {
+    const uint16_t *k[BLOCK / 16], *v[BLOCK / 16];
+    const uint16_t *next_k[BLOCK / 16], *next_v[BLOCK / 16];
+} block_rows;
+
+/* Offset of 16 keys' rows; -1 where the tile sees none of them, and a page may not be there. */
+static int64_t offset_of(const mil_cpu_attention_tile *tile, int32_t key)
 {
     int32_t P = tile->args->kv->page_size;
-    return base + tile->pages[key / P] * tile->page_stride +
-           (int64_t)(key % P) * tile->args->kv->head_dim;
+    int32_t begin = tile->args->window > 0 ? tile->n_visible - tile->args->window : 0;
+    if (key + 16 <= begin || key >= tile->n_visible + tile->n_queries - 1)
+        return -1;
+    return tile->pages[key / P] * tile->page_stride + (int64_t)(key % P) * tile->args->kv->head_dim;
+}
+
+static void find_rows(const mil_cpu_attention_tile *tile, int32_t block, block_rows *rows)
+{
+    for (int32_t i = 0; i < BLOCK / 16; i++) {
+        int64_t offset = offset_of(tile, block + 16 * i);
+        int64_t next = offset_of(tile, block + BLOCK + 16 * i);
+        if (offset < 0)
+            offset = 0;
+        if (next < 0)
+            next = offset;
+        rows->k[i] = tile->k + offset;
+        rows->v[i] = tile->v + offset;
+        rows->next_k[i] = tile->k + next;
+        rows->next_v[i] = tile->v + next;
+    }
+}
+
+/* In place of the row of a key that is not seen though its pair's other one is. */
+static const uint16_t zeros[256];
+
+static int32_t width_of(int32_t head_dim)
+{
+    return (head_dim + 31) / 32 * 32;
+}
+
+/* 16 dwords of a row of bfloat16, or the n that it has. */
+static mil_lanes load_dwords(const uint16_t *row, int32_t n)
+{
+    const float *dwords = (const float *)(const void *)row;
+    return n >= MIL_LANES ? lanes_load(dwords) : lanes_load_n(dwords, n);
 }
 
 /* ---- loads ---- */
@@ -79,15 +128,17 @@ static void load_queries(const mil_cpu_attention_tile *tile)
     }
 }
 
-/* 16 keys, of one page since pages hold a multiple of 16 rows, into 16 columns of k[d][64]. */
-static void load_16_keys(float *k, const uint16_t *rows, int32_t D)
+/* 16 keys into 16 columns of k[d][64]. */
+static void load_16_keys(float *k, const uint16_t *rows, const uint16_t *next, int32_t D)
 {
     for (int32_t d = 0; d < D; d += 2 * MIL_LANES) {
         int32_t n_pairs = (D - d) / 2 < MIL_LANES ? (D - d) / 2 : MIL_LANES;
         mil_lanes m[MIL_LANES];
 #pragma GCC unroll 16
-        for (int32_t i = 0; i < MIL_LANES; i++)
+        for (int32_t i = 0; i < MIL_LANES; i++) {
+            __builtin_prefetch(next + (int64_t)i * D + d);
             m[i] = lanes_load_n((const float *)(const void *)(rows + (int64_t)i * D + d), n_pairs);
+        }
         lanes_transpose(m);
         float *to = k + d / 2 * PAIR_ITEMS * BLOCK;
         for (int32_t j = 0; j < n_pairs; j++, to += PAIR_ITEMS * BLOCK) {
@@ -101,35 +152,36 @@ static void load_16_keys(float *k, const uint16_t *rows, int32_t D)
     }
 }
 
-static void load_keys(const mil_cpu_attention_tile *tile, int32_t block, key_range keys)
+static void load_keys(const mil_cpu_attention_tile *tile, const block_rows *rows, key_range keys)
 {
-    for (int32_t j = keys.begin / MIL_LANES * MIL_LANES; j < keys.end; j += MIL_LANES)
-        load_16_keys(tile->scratch.k + j, page_row(tile, tile->k, block + j),
+    for (int32_t i = keys.begin / 16; 16 * i < keys.end; i++)
+        load_16_keys(tile->scratch.k + 16 * i, rows->k[i], rows->next_k[i],
                      tile->args->kv->head_dim);
 }
 
-/* One row, or zeros where the key is not seen though its pair's other one is. */
-static mil_lanes values_at(const uint16_t *row, int32_t d, int32_t D)
+static const uint16_t *value_row(const block_rows *rows, int32_t j, key_range keys, int32_t D)
 {
-    if (row == NULL)
-        return lanes_zero();
-    return d + MIL_LANES <= D ? lanes_load_bf16(row + d) : lanes_load_bf16_n(row + d, D - d);
+    return j >= keys.begin && j < keys.end ? rows->v[j / 16] + j % 16 * D : zeros;
 }
 
-static void load_values(const mil_cpu_attention_tile *tile, int32_t block, key_range keys)
+static void load_values(const mil_cpu_attention_tile *tile, const block_rows *rows, key_range keys)
 {
-    int32_t D = tile->args->kv->head_dim;
-    int32_t width = (D + MIL_LANES - 1) / MIL_LANES * MIL_LANES;
+    int32_t D = tile->args->kv->head_dim, width = width_of(D);
     for (int32_t j = keys.begin & ~1; j < keys.end; j += 2) {
         float *to = tile->scratch.v + j / 2 * PAIR_ITEMS * width;
-        const uint16_t *even = j >= keys.begin ? page_row(tile, tile->v, block + j) : NULL;
-        const uint16_t *odd = j + 1 < keys.end ? page_row(tile, tile->v, block + j + 1) : NULL;
-        for (int32_t d = 0; d < width; d += MIL_LANES) {
+        const uint16_t *even = value_row(rows, j, keys, D);
+        const uint16_t *odd = value_row(rows, j + 1, keys, D);
+        for (int32_t d = 0; d < D; d += 2 * MIL_LANES, to += 2 * MIL_LANES) {
+            mil_lanes a = load_dwords(even + d, (D - d) / 2);
+            mil_lanes b = load_dwords(odd + d, (D - d) / 2);
 #if PAIR_ITEMS == 1
-            lanes_store(to + d, lanes_join_pairs(values_at(even, d, D), values_at(odd, d, D)));
+            lanes_store(to, lanes_zip_low(a, b));
+            lanes_store(to + MIL_LANES, lanes_zip_high(a, b));
 #else
-            lanes_store(to + d, values_at(even, d, D));
-            lanes_store(to + width + d, values_at(odd, d, D));
+            lanes_store(to, lanes_pair_even(a));
+            lanes_store(to + MIL_LANES, lanes_pair_odd(a));
+            lanes_store(to + width, lanes_pair_even(b));
+            lanes_store(to + width + MIL_LANES, lanes_pair_odd(b));
 #endif
         }
     }
@@ -181,28 +233,29 @@ LANES_INLINE void product_tile(int n_rows, int n_vectors, bool resume, float *c,
             lanes_store(c + r * ldc + j * MIL_LANES, sum[r][j]);
 }
 
-#define PRODUCT_ROWS(n_vectors)                                                                    \
+/* One instance of a tile for each number of rows: sizes known to the compiler keep sums in
+ * registers. */
+#define WITH_ROWS(tile, ...)                                                                       \
     switch (n_rows) {                                                                              \
     case 1:                                                                                        \
-        product_tile(1, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
+        tile(1, __VA_ARGS__);                                                                      \
         break;                                                                                     \
     case 2:                                                                                        \
-        product_tile(2, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
+        tile(2, __VA_ARGS__);                                                                      \
         break;                                                                                     \
     case 3:                                                                                        \
-        product_tile(3, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
+        tile(3, __VA_ARGS__);                                                                      \
         break;                                                                                     \
     case 4:                                                                                        \
-        product_tile(4, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
+        tile(4, __VA_ARGS__);                                                                      \
         break;                                                                                     \
     case 5:                                                                                        \
-        product_tile(5, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
+        tile(5, __VA_ARGS__);                                                                      \
         break;                                                                                     \
     default:                                                                                       \
-        product_tile(6, n_vectors, resume, c, ldc, a, lda, b, ldb, n_pairs);                       \
+        tile(6, __VA_ARGS__);                                                                      \
     }
 
-/* One instance of the tile for each size: sizes known to the compiler keep sums in registers. */
 LANES_INLINE void product_any(bool resume, int32_t n_rows, int32_t n_vectors, float *c, int32_t ldc,
                               const float *a, int32_t lda, const float *b, int32_t ldb,
                               int32_t n_pairs)
@@ -210,12 +263,12 @@ LANES_INLINE void product_any(bool resume, int32_t n_rows, int32_t n_vectors, fl
     int32_t j = 0;
 #if TILE_VECTORS == 4
     for (; j + 4 <= n_vectors; j += 4, c += 4 * MIL_LANES, b += 4 * MIL_LANES)
-        PRODUCT_ROWS(4)
+        WITH_ROWS(product_tile, 4, resume, c, ldc, a, lda, b, ldb, n_pairs)
     for (; j + 2 <= n_vectors; j += 2, c += 2 * MIL_LANES, b += 2 * MIL_LANES)
-        PRODUCT_ROWS(2)
+        WITH_ROWS(product_tile, 2, resume, c, ldc, a, lda, b, ldb, n_pairs)
 #endif
     for (; j < n_vectors; j++, c += MIL_LANES, b += MIL_LANES)
-        PRODUCT_ROWS(1)
+        WITH_ROWS(product_tile, 1, resume, c, ldc, a, lda, b, ldb, n_pairs)
 }
 
 static __attribute__((noinline)) void score_rows(int32_t n_rows, int32_t n_vectors, float *scores,
@@ -228,6 +281,68 @@ static __attribute__((noinline)) void add_values(int32_t n_rows, float *o, int32
                                                  const float *p, const float *v, int32_t n_pairs)
 {
     product_any(true, n_rows, width / MIL_LANES, o, width, p, BLOCK, v, width, n_pairs);
+}
+
+/* add_values for rows so few that a block's values are used once, straight from the pages; D is a
+ * multiple of 32. o, p: as product_tile's c and a. n_chunks of 32 columns from column d on. */
+LANES_INLINE void direct_tile(int n_rows, int n_chunks, float *o, const float *p,
+                              const block_rows *rows, key_range keys, int32_t D, int32_t d)
+{
+    mil_lanes sum[TILE_ROWS][2 * DIRECT_CHUNKS];
+#pragma GCC unroll 8
+    for (int r = 0; r < n_rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * n_chunks; c++)
+            sum[r][c] = lanes_load(o + r * D + d + c * MIL_LANES);
+    for (int32_t j = keys.begin & ~1; j < keys.end; j += 2) {
+        const uint16_t *row[2] = {value_row(rows, j, keys, D) + d,
+                                  value_row(rows, j + 1, keys, D) + d};
+        const uint16_t *next = rows->next_v[j / 16] + j % 16 * D + d;
+        mil_lanes v[2][2 * DIRECT_CHUNKS];
+#pragma GCC unroll 2
+        for (int c = 0; c < n_chunks; c++) {
+            mil_lanes a = load_dwords(row[0] + 32 * c, MIL_LANES);
+            mil_lanes b = load_dwords(row[1] + 32 * c, MIL_LANES);
+            __builtin_prefetch(next + 32 * c);
+            __builtin_prefetch(next + D + 32 * c);
+#if PAIR_ITEMS == 1
+            v[0][2 * c] = lanes_zip_low(a, b);
+            v[0][2 * c + 1] = lanes_zip_high(a, b);
+#else
+            v[0][2 * c] = lanes_pair_even(a);
+            v[0][2 * c + 1] = lanes_pair_odd(a);
+            v[1][2 * c] = lanes_pair_even(b);
+            v[1][2 * c + 1] = lanes_pair_odd(b);
+#endif
+        }
+#pragma GCC unroll 2
+        for (int item = PAIR_ITEMS - 1; item >= 0; item--)
+#pragma GCC unroll 8
+            for (int r = 0; r < n_rows; r++) {
+                mil_lanes x = lanes_set(p[r * BLOCK + j / 2 * PAIR_ITEMS + item]);
+#pragma GCC unroll 4
+                for (int c = 0; c < 2 * n_chunks; c++)
+                    sum[r][c] = multiply_add(sum[r][c], x, v[item][c]);
+            }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < n_rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * n_chunks; c++)
+            lanes_store(o + r * D + d + c * MIL_LANES, sum[r][c]);
+}
+
+static __attribute__((noinline)) void add_values_direct(int32_t n_rows, float *o, int32_t D,
+                                                        const float *p, const block_rows *rows,
+                                                        key_range keys)
+{
+    int32_t d = 0;
+#if DIRECT_CHUNKS == 2
+    for (; d + 64 <= D; d += 64)
+        WITH_ROWS(direct_tile, 2, o, p, rows, keys, D, d)
+#endif
+    for (; d < D; d += 32)
+        WITH_ROWS(direct_tile, 1, o, p, rows, keys, D, d)
 }
 
 /* ---- softmax ---- */
@@ -307,13 +422,18 @@ static void raise_maxima(const mil_cpu_attention_tile *tile, const mil_cpu_atten
     }
 }
 
+/* Whether values come straight from the pages: one group of rows uses them. */
+static bool is_direct(const mil_cpu_attention_tile *tile)
+{
+    return tile->n_queries * tile->group <= DIRECT_ROWS && tile->args->kv->head_dim % 32 == 0;
+}
+
 /* Rows first .. first + n - 1 against the block whose keys and values are loaded. */
 static void attend_rows(const mil_cpu_attention_tile *tile, const mil_cpu_attention_part *part,
-                        int32_t first, int32_t n, int32_t block)
+                        const block_rows *rows, int32_t first, int32_t n, int32_t block)
 {
     const mil_cpu_attention_scratch *scratch = &tile->scratch;
-    int32_t D = tile->args->kv->head_dim;
-    int32_t width = (D + MIL_LANES - 1) / MIL_LANES * MIL_LANES;
+    int32_t D = tile->args->kv->head_dim, width = width_of(D);
     key_range keys = seen(tile, first / tile->group, (first + n - 1) / tile->group, block);
     if (keys.begin >= keys.end)
         return;
@@ -346,6 +466,10 @@ static void attend_rows(const mil_cpu_attention_tile *tile, const mil_cpu_attent
         else
             weigh(scores, n_vectors, scale, part->m[first + r], l);
     }
+    if (is_direct(tile)) {
+        add_values_direct(n, part->o, D, scratch->scores, rows, keys);
+        return;
+    }
     int32_t pair = keys.begin / 2, end = (keys.end + 1) / 2;
     add_values(n, part->o + first * width, width, scratch->scores + pair * PAIR_ITEMS,
                scratch->v + pair * PAIR_ITEMS * width, end - pair);
@@ -355,7 +479,7 @@ static void split(const mil_cpu_attention_tile *tile, int32_t index,
                   const mil_cpu_attention_part *part)
 {
     int32_t n_rows = tile->n_queries * tile->group;
-    int32_t width = (tile->args->kv->head_dim + MIL_LANES - 1) / MIL_LANES * MIL_LANES;
+    int32_t width = width_of(tile->args->kv->head_dim);
     for (int32_t r = 0; r < n_rows; r++)
         part->m[r] = -INFINITY;
     memset(tile->scratch.lanes, 0, (size_t)n_rows * MIL_LANES * sizeof(float));
@@ -365,11 +489,14 @@ static void split(const mil_cpu_attention_tile *tile, int32_t index,
         key_range keys = seen(tile, 0, tile->n_queries - 1, block);
         if (keys.begin >= keys.end)
             continue;
-        load_keys(tile, block, keys);
-        load_values(tile, block, keys);
+        block_rows rows;
+        find_rows(tile, block, &rows);
+        load_keys(tile, &rows, keys);
+        if (!is_direct(tile))
+            load_values(tile, &rows, keys);
         for (int32_t first = 0; first < n_rows; first += TILE_ROWS)
-            attend_rows(tile, part, first, n_rows - first < TILE_ROWS ? n_rows - first : TILE_ROWS,
-                        block);
+            attend_rows(tile, part, &rows, first,
+                        n_rows - first < TILE_ROWS ? n_rows - first : TILE_ROWS, block);
     }
     for (int32_t r = 0; r < n_rows; r++)
         part->l[r] = lanes_sum(lanes_load(tile->scratch.lanes + r * MIL_LANES));
@@ -406,15 +533,17 @@ static void merge(const mil_cpu_attention_part *total, const mil_cpu_attention_p
 /* out = bf16(o * (1 / l) + 0); the zero turns -0 into +0. */
 static void finish(const mil_cpu_attention_tile *tile, const mil_cpu_attention_part *total)
 {
-    int32_t D = tile->args->kv->head_dim;
-    int32_t width = (D + MIL_LANES - 1) / MIL_LANES * MIL_LANES;
+    int32_t D = tile->args->kv->head_dim, width = width_of(D);
     for (int32_t r = 0; r < tile->n_queries * tile->group; r++) {
         uint16_t *out = tile->out + (r / tile->group) * tile->ld + (int64_t)(r % tile->group) * D;
         const float *o = total->o + (int64_t)r * width;
         mil_lanes factor = lanes_set(1.0f / total->l[r]);
-        for (int32_t d = 0; d < D; d += MIL_LANES)
-            lanes_store_bf16_n(out + d, lanes_fma(lanes_load(o + d), factor, lanes_zero()),
-                               D - d < MIL_LANES ? D - d : MIL_LANES);
+        for (int32_t d = 0; d < D; d += 32) {
+            mil_lanes even = lanes_fma(lanes_load(o + d), factor, lanes_zero());
+            mil_lanes odd = lanes_fma(lanes_load(o + d + 16), factor, lanes_zero());
+            mil_lanes both = lanes_join_pairs(lanes_round_bf16(even), lanes_round_bf16(odd));
+            lanes_store_n((float *)(void *)(out + d), both, D - d < 32 ? (D - d) / 2 : MIL_LANES);
+        }
     }
 }
 

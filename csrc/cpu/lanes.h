@@ -170,6 +170,16 @@ LANES_INLINE mil_lanes lanes_join_pairs(mil_lanes even, mil_lanes odd)
 {
     return lanes_of_bits(_mm512_or_si512(_mm512_srli_epi32(lanes_bits(even), 16), lanes_bits(odd)));
 }
+LANES_INLINE mil_lanes lanes_zip_low(mil_lanes a, mil_lanes b)
+{
+    __m512i low = _mm512_and_si512(lanes_bits(a), _mm512_set1_epi32(0xffff));
+    return lanes_of_bits(_mm512_or_si512(low, _mm512_slli_epi32(lanes_bits(b), 16)));
+}
+LANES_INLINE mil_lanes lanes_zip_high(mil_lanes a, mil_lanes b)
+{
+    __m512i high = _mm512_and_si512(lanes_bits(b), _mm512_set1_epi32((int)0xffff0000u));
+    return lanes_of_bits(_mm512_or_si512(_mm512_srli_epi32(lanes_bits(a), 16), high));
+}
 LANES_INLINE void lanes_store_pairs(float *p, mil_lanes a)
 {
     __m512i high = _mm512_srli_epi32(lanes_bits(a), 16);
@@ -368,6 +378,11 @@ LANES_INLINE __m256i lanes_round_bf16_half(__m256 a)
 LANES_INLINE mil_lanes lanes_round_bf16(mil_lanes a)
 {
     return lanes_of_bits(lanes_round_bf16_half(a.lo), lanes_round_bf16_half(a.hi));
+}
+LANES_INLINE mil_lanes lanes_join_pairs(mil_lanes even, mil_lanes odd)
+{
+    return lanes_of_bits(_mm256_or_si256(_mm256_srli_epi32(lanes_lo(even), 16), lanes_lo(odd)),
+                         _mm256_or_si256(_mm256_srli_epi32(lanes_hi(even), 16), lanes_hi(odd)));
 }
 LANES_INLINE mil_lanes lanes_round_bf16_away(mil_lanes a)
 {
@@ -613,6 +628,11 @@ LANES_INLINE mil_lanes lanes_round_bf16(mil_lanes a)
     }
     return a;
 }
+LANES_INLINE mil_lanes lanes_join_pairs(mil_lanes even, mil_lanes odd)
+{
+    LANES_EACH even.v[i] = lane_of_bits((lane_bits(even.v[i]) >> 16) | lane_bits(odd.v[i]));
+    return even;
+}
 LANES_INLINE mil_lanes lanes_round_bf16_away(mil_lanes a)
 {
     LANES_EACH a.v[i] = lane_of_bits((lane_bits(a.v[i]) + 0x8000u) & 0xffff0000u);
@@ -678,7 +698,8 @@ LANES_INLINE void lanes_transpose(mil_lanes m[MIL_LANES])
  *   lanes_pair_even, _odd        of dwords of two bfloat16 (even one low): that one, widened
  *   lanes_round_bf16             nearest even, still float32; a NaN stays a quiet NaN
  *   lanes_round_bf16_away        nearest, halves away from zero: two operations, not seven
- *   lanes_join_pairs             AVX-512: dwords of two bfloat16, of lanes with such values
+ *   lanes_join_pairs(even, odd)  dwords of two bfloat16, of lanes with such values
+ *   lanes_zip_low, _high(a, b)   AVX-512: dwords (a, b) of the low, or high, halves of a's and b's
  *   lanes_store_pairs            AVX-512: upper halves of lanes, two to a dword, to p[0 .. 8)
  *   lanes_dot_pairs(sum, a, b)   AVX-512-BF16: fma of dwords' odd items, then of the even
  *   lanes_times_two_to(p, t, x, low)   x < low ? +0 : p 2^n, with t = n + 1.5 x 2^23

@@ -1,8 +1,8 @@
 """Chat templates: programs in a model's folder, run in jinja2's immutable sandbox.
 
-This is the only file that imports jinja2, and no template ever comes with a request. The sandbox is
-one layer: sizes and time are capped, operators that make much out of little are refused, and a
-template sees plain values alone.
+This is the only file that imports jinja2, and it is imported only when somebody chats. No template
+ever comes with a request. The sandbox is one layer: sizes and time are capped, operators that make
+much out of little are refused, and a template sees plain values alone.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from os.path import exists
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
+
+from jinja2 import Template, TemplateError, exceptions, ext, sandbox
 
 from milpy.errors import MilpyError, RequestError, TokenizerError
 from milpy.files import read_whole
 from milpy.strict_json import Json, kind_of, show
-
-if TYPE_CHECKING:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
@@ -42,14 +40,12 @@ class ChatTemplate:
     def __init__(
         self, folder: Path, config: Mapping[str, Json], special_tokens: Mapping[str, str]
     ) -> None:
-        import jinja2  # noqa: PLC0415 - slow to import, and only chat needs it
-
         source, where = _source(folder, config)
         # transformers passes these two as well, and templates ask whether they are none.
         self._values: dict[str, object] = {**special_tokens, "tools": None, "documents": None}
         try:
-            self._template: jinja2.Template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as problem:
+            self._template: Template = _environment().from_string(source)
+        except (TemplateError, RecursionError) as problem:
             raise TokenizerError(f"{where}: chat template: {problem}") from problem
         self._generate(_check_messages(PROBE), True, TokenizerError)
 
@@ -79,10 +75,6 @@ class ChatTemplate:
         except Exception as problem:  # a template may raise whatever its filters do
             raise error(f"chat template: {problem}") from problem
         return "".join(parts)
-
-
-def has_chat_template(folder: Path, config: Mapping[str, Json]) -> bool:
-    return exists(folder / TEMPLATE_FILE) or config.get("chat_template") is not None
 
 
 def _source(folder: Path, config: Mapping[str, Json]) -> tuple[str, Path]:
@@ -175,34 +167,34 @@ def _tojson(value: object, indent: int | None = None, **_: object) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that chat templates are written for, in the sandbox."""
-    import jinja2  # noqa: PLC0415
-    from jinja2.ext import Extension, loopcontrols  # noqa: PLC0415
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+class _Generation(ext.Extension):
+    """`{% generation %}` marks text for training; here it is only its content."""
 
-    class Generation(Extension):
-        """`{% generation %}` marks text for training; here it is only its content."""
+    tags = {"generation"}
 
-        tags = {"generation"}
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**", "%"})
+class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
+    """Of the operators that make much out of little, arithmetic on numbers is left."""
 
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            numbers = (int, float)
-            if operator == "**" or not (isinstance(left, numbers) and isinstance(right, numbers)):
-                raise jinja2.exceptions.SecurityError(
-                    f"{type(left).__name__} {operator} {type(right).__name__} is not allowed"
-                )
-            return super().call_binop(context, operator, left, right)
+    intercepted_binops = frozenset({"*", "**", "%"})
 
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        numbers = (int, float)
+        if operator == "**" or not (isinstance(left, numbers) and isinstance(right, numbers)):
+            raise exceptions.SecurityError(
+                f"{type(left).__name__} {operator} {type(right).__name__} is not allowed"
+            )
+        return super().call_binop(context, operator, left, right)
+
+
+def _environment() -> _Sandbox:
+    """What chat templates are written for: transformers' settings and functions."""
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
     )
     functions: dict[str, Callable[..., object]] = {
         "raise_exception": _raise_exception,

@@ -9,10 +9,9 @@ from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milpy.answer import Answer, Chunk
-from milpy.chat_template import Message
 from milpy.core import Core, Job, Request
 from milpy.errors import EngineError, RequestError
 from milpy.interrupt import HeldInterrupt
@@ -21,6 +20,9 @@ from milpy.outputs import LoRARequest, RequestOutput
 from milpy.prompts import Prompt, PromptType, prompt_list
 from milpy.sampling import SamplingParams
 from milpy.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from milpy.chat_template import Message
 
 WAIT_SECONDS = 0.1  # between looks at Ctrl-C
 

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from os.path import exists
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from milpy.chat_template import ChatTemplate, Message, has_chat_template
 from milpy.errors import RequestError, TokenizerError
 from milpy.files import read_whole
 from milpy.strict_json import Json, parse_object, show
+
+if TYPE_CHECKING:
+    from milpy.chat_template import ChatTemplate, Message
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -31,8 +33,6 @@ MAX_PENDING_TOKENS = 8
 
 # Special tokens that chat templates may name.
 TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-
-__all__ = ["Detokenizer", "Message", "Tokenizer", "check_text"]
 
 
 class Tokenizer:
@@ -85,10 +85,6 @@ class Tokenizer:
 
     # ---- chat ----
 
-    @property
-    def has_chat_template(self) -> bool:
-        return has_chat_template(self.folder, self._config)
-
     def apply_chat_template(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> str:
@@ -98,6 +94,8 @@ class Tokenizer:
 
     def check_chat_template(self) -> ChatTemplate:
         """Compile it, once; TokenizerError where there is none or it fails."""
+        from milpy.chat_template import ChatTemplate  # noqa: PLC0415 - and with it jinja2
+
         if self._template is None:
             self._template = ChatTemplate(self.folder, self._config, self._names)
         return self._template

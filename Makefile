@@ -47,7 +47,7 @@ ifneq ($(findstring x86_64,$(shell $(CC) -dumpmachine 2>/dev/null)),)
 OPT      += -fstack-clash-protection
 endif
 # Kernels trust their arguments, and the canaries cost there.
-OPT_SIMD := -O3 -g1
+OPT_SIMD := -O3 -g1 -falign-functions=64 -falign-loops=64
 else
 OPT      := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SAN) -fno-sanitize-recover=all
 OPT_SIMD := $(OPT)

@@ -48,10 +48,11 @@ mil_status mil_cpu_isa_choose(mil_cpu_isa_id *chosen, const char **available) MI
 #define MIL_CPU_MAX_TILE_ROWS 16
 
 /* One tile: y[m, 0 .. width) = chain over n_pairs pairs, starting from 0 or (resume) from y itself.
- * x: rows of one block as pack_x lays them out. panel: [n_pairs][width][2] bf16. prefetch: n_pairs
- * cache lines that will be wanted soon, or NULL. */
+ * x: rows of one block as pack_x lays them out. panel: [n_pairs][width][2] bf16. prefetch: memory that
+ * will be wanted soon, prefetch_step bytes (0 .. 128) of it for each pair; any address will do. */
 typedef void (*mil_cpu_tile_fn)(float *y, int64_t ldy, const void *x, const uint16_t *panel,
-                                int32_t n_pairs, bool resume, const void *prefetch);
+                                int32_t n_pairs, bool resume, const void *prefetch,
+                                int64_t prefetch_step);
 
 typedef struct mil_cpu_linear_kernels {
     int32_t max_rows;     /* of a tile, <= MIL_CPU_MAX_TILE_ROWS */
@@ -111,8 +112,9 @@ MIL_CPU_DECLARE(mil_cpu_act_kernels, mil_cpu_act_kernels);
  * into splits that are merged in order. Both lie at absolute multiples. */
 #define MIL_CPU_KV_BLOCK 64
 #define MIL_CPU_KV_SPLIT 1024
-/* Rows (queries x heads of a group) of one tile; more only where one query's group is larger. */
-#define MIL_CPU_ATTENTION_ROWS 64
+/* Rows (queries x heads of a group) of one tile at most, but for a larger group: enough that turning a
+ * block of keys costs little beside using it. */
+#define MIL_CPU_ATTENTION_ROWS 126
 
 /* One thread's scratch for attention. width: head_dim rounded up to 16. */
 typedef struct mil_cpu_attention_scratch {

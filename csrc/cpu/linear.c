@@ -16,6 +16,9 @@
 #define PORTIONS 8
 /* Columns of one portion when there are many rows: its y stays in the second cache. */
 #define MAX_PORTION_PANELS 8
+#define PANEL_PAIR_BYTES 128
+/* Within a page of where the stream is, so that the processor's own prefetcher goes along. */
+#define STREAM_AHEAD_BYTES 2048
 /* Up to here all packed rows stay in the second cache, and a panel is streamed over its whole K. */
 #define RESIDENT_X_BYTES ((int64_t)256 << 10)
 
@@ -85,27 +88,52 @@ static void pack_x(product *p)
     }
 }
 
-/* All rows of one block of one panel. */
-static void panel_block(const product *p, int32_t panel, int32_t block)
+static const uint16_t *weight_block(const product *p, int32_t panel, int32_t block)
 {
-    int32_t n_pairs = ceil_div(block_items(p, block), 2);
     int64_t panel_items = (int64_t)PANEL * 2 * ceil_div(p->K, 2);
-    const uint16_t *w = (const uint16_t *)p->weight->data + panel * panel_items +
-                        (int64_t)block * MIL_CPU_KC * PANEL;
+    return (const uint16_t *)p->weight->data + panel * panel_items +
+           (int64_t)block * MIL_CPU_KC * PANEL;
+}
+
+/* All rows of one block of one panel. The tiles together fetch `next`, the block that follows; where
+ * there is one tile only, the stream itself is fetched a little ahead. */
+static void panel_block(const product *p, int32_t panel, int32_t block, const uint16_t *next)
+{
+    const uint16_t *w = weight_block(p, panel, block);
+    int32_t n_pairs = ceil_div(block_items(p, block), 2);
     int32_t n_tiles = ceil_div(p->M, p->kernels->max_rows);
+    int32_t step = ceil_div(PANEL_PAIR_BYTES, n_tiles);
     for (int32_t t = 0; t < n_tiles; t++) {
         int32_t row = tile_begin(p->M, n_tiles, t);
         int32_t rows = tile_begin(p->M, n_tiles, t + 1) - row;
+        const char *fetch = n_tiles == 1 ? (const char *)w + STREAM_AHEAD_BYTES
+                                         : (const char *)next + (int64_t)t * step * n_pairs;
         p->kernels->tile32[rows](p->y + row * p->ldy + panel * PANEL, p->ldy,
-                                 packed_row(p, block, row), w, n_pairs, block > 0, NULL);
+                                 packed_row(p, block, row), w, n_pairs, block > 0, fetch, step);
+    }
+}
+
+/* Panels [first, end) in the order that keeps what is used again close: one panel over its whole K
+ * while all of x stays in the second cache, else one block of K over all panels. */
+static void panels_of_portion(const product *p, int32_t first, int32_t end)
+{
+    bool is_resident = p->M <= p->kernels->max_rows ||
+                       (int64_t)p->M * p->K * p->kernels->x_item_bytes <= RESIDENT_X_BYTES;
+    int32_t n = (end - first) * p->n_blocks;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t after = i + 1 < n ? i + 1 : i;
+        if (is_resident)
+            panel_block(p, first + i / p->n_blocks, i % p->n_blocks,
+                        weight_block(p, first + after / p->n_blocks, after % p->n_blocks));
+        else
+            panel_block(p, first + i % (end - first), i / (end - first),
+                        weight_block(p, first + after % (end - first), after / (end - first)));
     }
 }
 
 /* The last panel when N is no multiple of 32: y has no room for its padding. */
 static void narrow_panel(const product *p, int32_t panel)
 {
-    int64_t panel_items = (int64_t)PANEL * 2 * ceil_div(p->K, 2);
-    const uint16_t *w = (const uint16_t *)p->weight->data + panel * panel_items;
     int32_t width = p->weight->N - panel * PANEL;
     int32_t n_tiles = ceil_div(p->M, p->kernels->max_rows);
     float tile[MIL_CPU_MAX_TILE_ROWS * PANEL];
@@ -114,8 +142,8 @@ static void narrow_panel(const product *p, int32_t panel)
         int32_t rows = tile_begin(p->M, n_tiles, t + 1) - row;
         for (int32_t b = 0; b < p->n_blocks; b++)
             p->kernels->tile32[rows](tile, PANEL, packed_row(p, b, row),
-                                     w + (int64_t)b * MIL_CPU_KC * PANEL,
-                                     ceil_div(block_items(p, b), 2), b > 0, NULL);
+                                     weight_block(p, panel, b), ceil_div(block_items(p, b), 2),
+                                     b > 0, p->packed_x, 0);
         for (int32_t i = 0; i < rows; i++)
             memcpy(p->y + (row + i) * p->ldy + panel * PANEL, tile + i * PANEL,
                    (size_t)width * sizeof(float));
@@ -136,17 +164,7 @@ static void base_portion(const product *p, int32_t portion)
     int32_t first = portion * p->portion_panels;
     int32_t end = smaller(first + p->portion_panels, p->n_panels);
     int32_t whole_end = smaller(end, p->weight->N / PANEL);
-    if ((int64_t)p->M * p->K * p->kernels->x_item_bytes <= RESIDENT_X_BYTES) {
-        for (int32_t panel = first; panel < whole_end; panel++) {
-            for (int32_t b = 0; b < p->n_blocks; b++)
-                panel_block(p, panel, b);
-        }
-    } else {
-        for (int32_t b = 0; b < p->n_blocks; b++) {
-            for (int32_t panel = first; panel < whole_end; panel++)
-                panel_block(p, panel, b);
-        }
-    }
+    panels_of_portion(p, first, whole_end);
     if (whole_end < end)
         narrow_panel(p, whole_end);
     if (p->weight->bias != NULL)
@@ -176,7 +194,7 @@ static void shrink_run(const product *p, const mil_lora_module *module, const ui
         for (int32_t b = 0; b < p->n_blocks; b++)
             p->kernels->tile16[height](to, v_stride, packed_row(p, b, first_row + row),
                                        panel + (int64_t)b * MIL_CPU_KC * GROUP,
-                                       ceil_div(block_items(p, b), 2), b > 0, NULL);
+                                       ceil_div(block_items(p, b), 2), b > 0, p->packed_x, 0);
         for (int32_t i = 0; i < height; i++) {
             for (int32_t r = 0; r < GROUP; r++)
                 to[i * v_stride + r] *= module->scale;

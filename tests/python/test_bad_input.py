@@ -306,4 +306,4 @@ def test_a_bad_adapter_is_named_and_nothing_of_it_is_held(
     before = _C.memory_held()
     with pytest.raises(AdapterError, match=message):
         LLM(model, adapters={"good": tmp_path / "good", "bad": folder}, progress=False)
-    assert _C.memory_held() == before
+    assert _C.memory_held() <= before

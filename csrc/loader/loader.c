@@ -78,6 +78,16 @@ static int64_t window_rows(size_t row_bytes)
     return (int64_t)n;
 }
 
+/* Fewer where a tensor is small, so that every thread gets a window of it. */
+static int64_t shared_window_rows(const mil_loader *loader, size_t row_bytes, int64_t n_rows)
+{
+    int64_t n_threads = mil_pool_n_threads(loader->pool);
+    int64_t share = (n_rows + n_threads - 1) / n_threads;
+    int64_t panels = (share + ROW_MULTIPLE - 1) / ROW_MULTIPLE * ROW_MULTIPLE;
+    int64_t most = window_rows(row_bytes);
+    return panels > 0 && panels < most ? panels : most;
+}
+
 static mil_status check_cancelled(const mil_loader *loader)
 {
     if (mil_progress_is_cancelled(loader->progress))
@@ -163,7 +173,7 @@ mil_status mil_loader_weight(mil_loader *loader, mil_weight *weight, int32_t par
     MIL_TRY(
         mil_source_find(loader->source, name, slice->full_rows, slice->full_cols, &work.tensor));
     MIL_TRY(check_row_bytes(name, work.tensor.row_bytes));
-    work.rows_per_window = window_rows(work.tensor.row_bytes);
+    work.rows_per_window = shared_window_rows(loader, work.tensor.row_bytes, slice->n_rows);
     if (slice->n_rows > work.rows_per_window)
         mil_pool_run(loader->pool, load_windows, &work);
     else

@@ -6,8 +6,8 @@ Two copies are measured on the same threads, before and after each load, the bet
   clears those pages first, which no loader can avoid; what remains is the loader's own.
 
 Each timed load comes right after one that is not: it fills the page cache, and leaves behind free
-memory that the host of a virtual machine still backs. Memory that the host first has to find (or has
-taken back meanwhile) was cleared at 0.3 GB/s instead of 9 (2026-11-23), and that is not the loader's.
+memory that the host of a virtual machine still backs. Memory that the host first had to find was
+cleared at 0.3 GB/s instead of 9 (2026-11-23), and that is not the loader's.
 
     python -m benchmarks.bench_load [--shape 0.5B] [--dtype bf16|f16|f32] [--rounds 5]
 """

@@ -63,7 +63,8 @@ def _texts(prompts: Sequence[str] | None, n: int) -> tuple[list[str], list[str]]
 
 def _print_request(text: str, outputs: Sequence[RequestOutput]) -> None:
     width = min(shutil.get_terminal_size().columns, 110)
-    print(_bold(textwrap.fill(text, width)))
+    for line in text.splitlines():
+        print(_bold(textwrap.fill(line, width)))
     for voice, output in zip(demo.VOICES, outputs, strict=True):
         body = textwrap.fill(output.outputs[0].text, width, subsequent_indent=" " * INDENT,
                              initial_indent=f"  {voice:<{INDENT - 2}}")  # fmt: skip

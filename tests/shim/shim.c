@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define GUARD_BYTES ((size_t)65536)
+
 SHIM const char *shim_message(void);
 SHIM const char *shim_isas(void);
 SHIM void shim_free(shim *s);
@@ -57,7 +59,9 @@ mil_status shim_create(shim **out, const char *isa, int32_t n_threads, const mil
         goto failed;
     MIL_TRY_GOTO(mil_pool_create(&s->context.pool, n_threads, NULL), failed);
     s->context.workspace_bytes = s->context.backend->workspace_bytes(&sized);
-    MIL_TRY_GOTO(mil_slab_init(&s->workspace, s->context.workspace_bytes, "workspace"), failed);
+    MIL_TRY_GOTO(
+        mil_slab_init(&s->workspace, s->context.workspace_bytes + GUARD_BYTES, "workspace"),
+        failed);
     s->context.workspace = s->workspace.data;
     *out = s;
     return MIL_OK;
@@ -68,12 +72,18 @@ failed:
 
 mil_status shim_enter(shim *s)
 {
-    memset(s->context.workspace, 0xff, s->context.workspace_bytes);
+    memset(s->context.workspace, 0xff, s->context.workspace_bytes + GUARD_BYTES);
     return mil_pool_enter(s->context.pool, &s->saved);
 }
 
 mil_status shim_leave(shim *s, mil_status status)
 {
     mil_pool_leave(s->context.pool, &s->saved);
+    const unsigned char *guard = (const unsigned char *)s->context.workspace;
+    guard += s->context.workspace_bytes;
+    for (size_t i = 0; i < GUARD_BYTES; i++)
+        if (guard[i] != 0xff)
+            return mil_fail(MIL_ERR_INTERNAL, "shim: an op wrote past its workspace of %zu bytes",
+                            s->context.workspace_bytes);
     return status;
 }

@@ -3,11 +3,13 @@
 Goldens were made by transformers and peft from the stored bf16 weights read as float32, teacher-
 forced. Where milpy chooses another token than the reference, the reference itself must have been
 in two minds (its two best logits nearer than the goldens' margin bound, fixed beforehand), and that
-may be so for one token in two hundred. Mutants of the adapters fail the same judgement.
+may be so for one token in two hundred. The demo is so sure of its answers that a scale wrong by a
+quarter changes none of them, so the margins themselves are judged as well. Mutants fail.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,12 +31,13 @@ ANSWER = SamplingParams(temperature=0, max_tokens=128, logprobs=3)
 
 ADAPTER_SHARE, BASE_SHARE = 0.95, 0.05
 DIFFERENT_SHARE = 0.005
+# Mean error of a margin. Rounding to bfloat16 gives 0.012 to 0.015 here, transformers in bfloat16
+# 0.04 in the median; the mildest mutant 0.88 (2026-11).
+MARGIN_ERROR = 0.1
 
 needs_demo = pytest.mark.skipif(not demo.BASE.is_dir(), reason=f"no demo model in {demo.BASE}")
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no goldens in {GOLDEN}")
 pytestmark = needs_demo
-
-Judgement = tuple[float, int]  # share of tokens chosen otherwise, and how many without excuse
 
 
 # ---- served answers ----
@@ -102,14 +105,16 @@ class Golden:
     logprobs: list[float]  # of the answer's tokens
 
 
-def goldens(voice: str) -> list[Golden]:
+@pytest.fixture(scope="module")
+def golden_file() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    return [Golden(**entry) for entry in found["voices"][voice]]
+    return found
 
 
-def margin_bound() -> float:
-    found: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    return float(found["margin_bound"])
+@needs_golden
+def test_goldens_are_of_the_stored_files(golden_file: dict[str, Any]) -> None:
+    for name, digest in golden_file["sha256"].items():
+        assert hashlib.sha256((demo.FOLDER / name).read_bytes()).hexdigest() == digest, name
 
 
 class Forced:
@@ -160,17 +165,45 @@ def forced() -> Forced:
     return Forced()
 
 
-def judge(forced: Forced, entries: list[Golden], adapter: Adapter | None) -> Judgement:
+@dataclass(frozen=True)
+class Judgement:
+    """Answers fed in, against the goldens of one voice."""
+
+    different: float  # share of tokens chosen otherwise
+    n_inexcusable: int  # of those, where the reference was not in two minds
+    margin_error: float  # mean, in logits
+    logprob_error: float  # mean, over answer tokens
+
+    @property
+    def passes(self) -> bool:
+        return (
+            self.n_inexcusable == 0
+            and self.different <= DIFFERENT_SHARE
+            and self.margin_error <= MARGIN_ERROR
+        )
+
+
+def judge(
+    forced: Forced, golden_file: dict[str, Any], voice: str, adapter: Adapter | None, every: int = 1
+) -> Judgement:
+    entries = [Golden(**entry) for entry in golden_file["voices"][voice][::every]]
     content = -1 if adapter is None else forced.model.add_adapter(adapter)
-    bound, n_tokens, n_different, n_inexcusable = margin_bound(), 0, 0, 0
-    for entry, rows in zip(entries, forced.logits(entries, content), strict=True):
-        different = rows.argmax(axis=1) != np.array(entry.choices)
-        n_tokens += len(entry.choices)
-        n_different += int(different.sum())
-        n_inexcusable += int((different & (np.array(entry.margins) >= bound)).sum())
+    rows = np.concatenate(forced.logits(entries, content)).astype(np.float64)
     if content >= 0:
         forced.model.release_adapter(content)
-    return n_different / n_tokens, n_inexcusable
+    choices, answers, margins, logprobs = (
+        np.concatenate([getattr(entry, name) for entry in entries])
+        for name in ("choices", "answer", "margins", "logprobs")
+    )
+    second, best = np.partition(rows, -2, axis=1)[:, -2:].T
+    totals = np.log(np.exp(rows - best[:, None]).sum(axis=1)) + best
+    different = rows.argmax(axis=1) != choices
+    return Judgement(
+        different=float(different.mean()),
+        n_inexcusable=int((different & (margins >= golden_file["margin_bound"])).sum()),
+        margin_error=float(np.abs(best - second - margins).mean()),
+        logprob_error=float(np.abs(rows[np.arange(len(rows)), answers] - totals - logprobs).mean()),
+    )
 
 
 def stored(forced: Forced, voice: str) -> Adapter | None:
@@ -179,27 +212,12 @@ def stored(forced: Forced, voice: str) -> Adapter | None:
 
 @needs_golden
 @pytest.mark.parametrize("voice", demo.VOICES)
-def test_choices_are_the_references_but_for_near_ties(forced: Forced, voice: str) -> None:
-    share, n_inexcusable = judge(forced, goldens(voice), stored(forced, voice))
-    assert n_inexcusable == 0
-    assert share <= DIFFERENT_SHARE
-
-
-@needs_golden
-@pytest.mark.parametrize("voice", demo.VOICES)
-def test_logprobs_are_the_references_to_rounding(forced: Forced, voice: str) -> None:
-    adapter = stored(forced, voice)
-    content = -1 if adapter is None else forced.model.add_adapter(adapter)
-    entries = goldens(voice)
-    errors = []
-    for entry, rows in zip(entries, forced.logits(entries, content), strict=True):
-        best = rows.max(axis=1, keepdims=True).astype(np.float64)
-        totals = np.log(np.exp(rows - best).sum(axis=1)) + best[:, 0]
-        found = rows[np.arange(len(rows)), entry.answer] - totals
-        # A token that the reference all but rules out has a steep logprob; likely ones are judged.
-        likely = np.array(entry.logprobs) > -2
-        errors.append(np.abs(found - entry.logprobs)[likely])
-    assert float(np.concatenate(errors).mean()) < 0.02
+def test_choices_are_the_references_but_for_near_ties(
+    forced: Forced, golden_file: dict[str, Any], voice: str
+) -> None:
+    judgement = judge(forced, golden_file, voice, stored(forced, voice))
+    assert judgement.passes, judgement
+    assert judgement.logprob_error < 0.002
 
 
 # ---- mutants ----
@@ -234,9 +252,12 @@ def q_and_k_swapped(adapter: Adapter) -> Adapter:
 @pytest.mark.parametrize("mutate", [louder, without_down_proj, q_and_k_swapped])
 @pytest.mark.parametrize("voice", demo.ADAPTERS)
 def test_a_mutant_fails_the_judgement(
-    forced: Forced, voice: str, mutate: Callable[[Adapter], Adapter]
+    forced: Forced,
+    golden_file: dict[str, Any],
+    voice: str,
+    mutate: Callable[[Adapter], Adapter],
 ) -> None:
     adapter = stored(forced, voice)
     assert adapter is not None
-    share, n_inexcusable = judge(forced, goldens(voice), mutate(adapter))
-    assert n_inexcusable > 0 or share > DIFFERENT_SHARE
+    judgement = judge(forced, golden_file, voice, mutate(adapter), every=5)
+    assert not judgement.passes, judgement

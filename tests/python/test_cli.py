@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -129,6 +134,27 @@ def test_ctrl_c_ends_generate(model: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors
+
+
+def test_bars_are_drawn_on_a_terminal(model: Path) -> None:
+    here, there = pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 120, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "milpy.cli", "generate", str(model)]
+        + ["--prompt-ids", "1,2", "--max-tokens", "4", "--ignore-eos"],
+        stdout=subprocess.DEVNULL,
+        stderr=there,
+        env=ENVIRONMENT,
+    )
+    os.close(there)
+    drawn = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while part := os.read(here, 4096):
+            drawn += part
+    os.close(here)
+    assert process.wait() == 0
+    assert b"loading model as bfloat16: 100%" in drawn
+    assert b"1/1" in drawn and b"tok/s" in drawn
 
 
 # ---- chat, demo, doctor, bench ----

@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
@@ -25,6 +26,12 @@ def test_is_frozen_and_can_be_replaced() -> None:
     other = replace(params, top_k=5)
     assert (other.stop, other.temperature, other.top_k) == (("x",), 0.5, 5)
     assert {field.name for field in fields(params)} >= {"n", "seed", "stop", "logprobs"}
+
+
+def test_can_be_compared_hashed_and_pickled() -> None:
+    params = SamplingParams(stop=["a"], seed=3)
+    assert pickle.loads(pickle.dumps(params)) == params == SamplingParams(stop="a", seed=3)
+    assert len({params, SamplingParams(stop="a", seed=3), SamplingParams()}) == 2
 
 
 def test_values_are_normalised() -> None:

@@ -216,18 +216,19 @@ static float threshold_of(const sample_row *row, int32_t n)
     return row->sums.block_max[list->ids[n - 1]];
 }
 
-/* The n best ids, best first, ties by lowest id, to candidates.ids; their logits to values. */
-static void find_best(const sample_row *row, int32_t n)
+/* Ids of logits >= threshold, best first, ties by lowest id, to candidates.ids; their logits to
+ * values. Returns how many. */
+static int32_t find_from(const sample_row *row, float threshold)
 {
     candidates *list = row->candidates;
-    float threshold = threshold_of(row, n);
-    int32_t n_found = row->job->kernels->collect(list->ids, row->x, row->job->args->vocab,
-                                                 row->sums.block_max, threshold);
-    for (int32_t i = 0; i < n_found; i++)
+    int32_t n = row->job->kernels->collect(list->ids, row->x, row->job->args->vocab,
+                                           row->sums.block_max, threshold);
+    for (int32_t i = 0; i < n; i++)
         list->keys[i] = key_of(row->x[list->ids[i]]);
-    sort_candidates(list, n_found);
+    sort_candidates(list, n);
     for (int32_t i = 0; i < n; i++)
         list->values[i] = row->x[list->ids[i]];
+    return n;
 }
 
 /* ---- the choice ---- */
@@ -298,31 +299,50 @@ static int32_t nucleus(const float *weights, int32_t n, double wanted, double *k
     return 0;
 }
 
-static int32_t draw_from_best(const sample_row *row)
+/* A logit so low that the weights at or above it sum to about `wanted`, from a histogram: eight
+ * bins for each factor e. Only how many candidates are looked at depends on it, never which are
+ * kept. */
+static float threshold_of_mass(const sample_row *row, double wanted)
 {
-    const mil_sampling *sampling = row->sampling;
+    enum { N_BINS = 512 };
+    double mass[N_BINS] = {0};
     const sample_job *job = row->job;
     int32_t V = job->args->vocab;
-    bool has_k = has_top_k(job, sampling);
-    bool has_p = sampling->top_p < 1.0f;
-    int32_t limit = has_k ? sampling->top_k : V;
-    /* Top-p alone rarely keeps more than some dozens: look at few first. */
-    int32_t n = has_k || limit < 64 ? limit : 64;
-    for (;;) {
-        find_best(row, n);
-        float *weights = row->candidates->values;
+    float *weights = row->candidates->values;
+    job->kernels->weights(weights, row->x, V, row->top, row->factor);
+    for (int32_t i = 0; i < V; i++) {
+        float below = (row->top - row->x[i]) * row->factor * 8.0f;
+        mass[below < N_BINS - 1 ? (int32_t)below : N_BINS - 1] += weights[i];
+    }
+    double sum = 0.0;
+    for (int32_t bin = 0; bin < N_BINS - 1; bin++) {
+        sum += mass[bin];
+        if (sum >= wanted * 1.001)
+            return row->top - (float)(bin + 1) / (8.0f * row->factor);
+    }
+    return -INFINITY;
+}
+
+/* Top-p alone looks at few candidates first, then at as many as the histogram says, then at all. */
+static int32_t draw_from_best(const sample_row *row)
+{
+    const sample_job *job = row->job;
+    float *weights = row->candidates->values;
+    bool has_k = has_top_k(job, row->sampling);
+    int32_t limit = has_k ? row->sampling->top_k : job->args->vocab;
+    double top_p = row->sampling->top_p, kept;
+    float threshold = threshold_of(row, has_k || limit < 64 ? limit : 64);
+    for (int attempt = 0;; attempt++) {
+        int32_t n = find_from(row, threshold);
+        n = n < limit ? n : limit;
         job->kernels->weights(weights, weights, n, row->top, row->factor);
-        double kept = total_of(weights, n);
-        int32_t n_kept = n;
-        if (has_p) {
-            double total = n == limit ? kept : total_of(row->sums.tempered, job->n_segments);
-            n_kept = nucleus(weights, n, (double)sampling->top_p * total, &kept);
-        }
-        if (n_kept > 0 || n == limit) {
-            n_kept = n_kept > 0 ? n_kept : n;
+        double total = has_k ? total_of(weights, n) : total_of(row->sums.tempered, job->n_segments);
+        int32_t n_kept = nucleus(weights, n, top_p * total, &kept);
+        if (n_kept == 0 && n == limit)
+            n_kept = n;
+        if (n_kept > 0)
             return row->candidates->ids[walk(weights, n_kept, 0.0, uniform_of(row) * kept)];
-        }
-        n = n < limit / 8 ? n * 8 : limit;
+        threshold = attempt == 0 ? threshold_of_mass(row, top_p * total) : -INFINITY;
     }
 }
 
@@ -348,7 +368,7 @@ static void report_logprobs(const sample_row *row, mil_sample *out)
     out->n_top = n < job->args->vocab ? n : job->args->vocab;
     if (out->n_top == 0)
         return;
-    find_best(row, out->n_top);
+    (void)find_from(row, threshold_of(row, out->n_top));
     for (int32_t i = 0; i < out->n_top; i++) {
         out->top[i].token = row->candidates->ids[i];
         out->top[i].logprob = (row->candidates->values[i] - row->top) - log_sum;

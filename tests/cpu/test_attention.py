@@ -165,15 +165,29 @@ def test_a_nan_of_ones_own_is_not_hidden(isa: str) -> None:
 # ---- the same bits ----
 
 
-def test_bits_are_the_same_on_every_set_and_thread_count() -> None:
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_bits_are_the_same_on_every_set_and_thread_count(softcap: float) -> None:
     seqs = [(sequence(n, 4, 2, 40), first, n) for n, first in [(65, 64), (150, 90), (20, 0)]]
     results = [
-        b"".join(part.tobytes() for part in run(isa, seqs, n_threads=n, window=w, softcap=30.0))
+        b"".join(part.tobytes() for part in run(isa, seqs, n_threads=n, softcap=softcap))
         for isa in isas()
         for n in (1, 2)
-        for w in (0,)
     ]
     assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize(("N", "K", "D"), [(4, 2, 64), (6, 1, 128)])
+def test_order_of_sums_is_the_same_on_every_fast_set(N: int, K: int, D: int) -> None:
+    """Rounding to bfloat16 hides a wrong order of a sum in all but one of thousands of results."""
+    long = sequence(1500, N, K, D)
+    long.q[:] = bf16(4 * from_bf16(long.q))
+    rows = [(long, first, first + 1) for first in range(1400, 1500)]
+    fast = [isa for isa in isas() if isa != "scalar"]
+    results = [
+        b"".join(part.tobytes() for seqs in (rows, [(long, 0, 700)]) for part in run(isa, seqs))
+        for isa in fast
+    ]
+    assert len(set(results)) <= 1
 
 
 def test_long_decode_bits_do_not_depend_on_threads(isa: str) -> None:

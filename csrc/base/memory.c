@@ -14,6 +14,7 @@ static atomic_uint_fast64_t fail_countdown;
 /* Room for the size, so that mil_free can account for it, on a line of its own to keep alignment. */
 #define HEADER_BYTES ((size_t)64)
 #define HUGE_PAGE_BYTES ((size_t)2 << 20)
+#define PAGE_BYTES ((size_t)4096)
 
 static bool fails_now(void)
 {
@@ -69,17 +70,20 @@ mil_status mil_slab_init(mil_slab *slab, size_t n_bytes, const char *what)
 {
     memset(slab, 0, sizeof *slab);
     size_t rounded;
-    if (!mil_add(n_bytes, HUGE_PAGE_BYTES - 1, &rounded))
+    /* A small slab (an adapter of a small model, of thousands) is not worth a huge page. */
+    size_t multiple = n_bytes < HUGE_PAGE_BYTES ? PAGE_BYTES : HUGE_PAGE_BYTES;
+    if (!mil_add(n_bytes, multiple - 1, &rounded))
         return mil_fail(MIL_ERR_MEMORY, "%s: %zu bytes is more than an address space holds", what,
                         n_bytes);
-    rounded = rounded / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    rounded = rounded / multiple * multiple;
     void *data = fails_now() ? MAP_FAILED
                              : mmap(NULL, rounded, PROT_READ | PROT_WRITE,
                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED)
         return mil_fail(MIL_ERR_MEMORY, "%s: the system refused %zu bytes", what, rounded);
     /* Advice only: where huge pages are off the slab works on small ones. */
-    (void)madvise(data, rounded, MADV_HUGEPAGE);
+    if (multiple == HUGE_PAGE_BYTES)
+        (void)madvise(data, rounded, MADV_HUGEPAGE);
     slab->data = data;
     slab->n_bytes = rounded;
     atomic_fetch_add_explicit(&held_bytes, rounded, memory_order_relaxed);

@@ -50,6 +50,7 @@ TEST(a_slab_is_zeroed_and_given_back)
     mil_slab slab;
     CHECK_INT(mil_slab_init(&slab, 5000, "test"), MIL_OK);
     CHECK(slab.n_bytes >= 5000);
+    CHECK(slab.n_bytes < 64 << 10);
     CHECK_INT(((char *)slab.data)[4999], 0);
     mil_slab_deinit(&slab);
     CHECK(slab.data == NULL);

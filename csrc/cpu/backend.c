@@ -86,6 +86,7 @@ static const mil_device device = {
         .lora_shrink = mil_cpu_lora_shrink,                                                        \
         .lora_expand = mil_cpu_lora_expand,                                                        \
         .linear_lora = mil_cpu_linear_lora,                                                        \
+        .gate_up_act = mil_cpu_gate_up_act,                                                        \
     }
 
 static const mil_backend mil_cpu_backend[MIL_CPU_N_ISAS] = {

@@ -259,3 +259,5 @@ mil_status mil_cpu_lora_shrink(mil_context *context, const mil_lora_shrink_args 
 mil_status mil_cpu_lora_expand(mil_context *context, const mil_lora_expand_args *args);
 mil_status mil_cpu_linear_lora(mil_context *context, const mil_linear_args *args,
                                const mil_lora_args *lora);
+mil_status mil_cpu_gate_up_act(mil_context *context, const mil_linear_args *args,
+                               const mil_lora_args *lora, const mil_act_args *act);

@@ -1,6 +1,7 @@
 /* Tiles of a product: MR rows of x against one panel of 32 columns (a weight) or 16 (LoRA's A).
  *
- *   y[m, n] = chain over pairs i ascending: fma(x[m, 2i+1], w[n, 2i+1], .), then fma(x[m, 2i], w[n, 2i], .)
+ *   y[m, n] = chain over pairs i ascending: fma(x[m, 2i+1], w[n, 2i+1], .), then fma(x[m, 2i], w[n,
+ * 2i], .)
  *
  * which is what vdpbf16ps computes with denormals flushed (0 of 2,000 dots differ on Zen 5, none on
  * the Intel parts tried), so every instruction set returns the same bits. Accumulators stay in
@@ -22,8 +23,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(MIL_ISA_AVX512) || defined(MIL_ISA_AVX2)
-/* Two lines for each pair, half a pair apart and pinned there: side by side, as the compiler would put
- * them, they cost a quarter of the bandwidth (12.5 against 15 GB/s at 12 rows, Intel, 2026-11-23). */
+/* Two lines for each pair, half a pair apart and pinned there: side by side, as the compiler would
+ * put them, they cost a quarter of the bandwidth (12.5 against 15 GB/s at 12 rows, Intel,
+ * 2026-11-23). */
 #define PREFETCH(address) __asm__ volatile("prefetcht0 %0" : : "m"(*(address)))
 #endif
 
@@ -56,21 +58,20 @@ INLINE void tile(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int3
     __m512 acc[MIL_CPU_MAX_TILE_ROWS][2];
     UNROLL for (int m = 0; m < rows; m++)
     {
-        UNROLL for (int v = 0; v < vectors; v++)
-            acc[m][v] = resume ? _mm512_loadu_ps(y + m * ldy + v * 16) : _mm512_setzero_ps();
+        UNROLL for (int v = 0; v < vectors; v++) acc[m][v] =
+            resume ? _mm512_loadu_ps(y + m * ldy + v * 16) : _mm512_setzero_ps();
     }
     for (int32_t i = 0; i < n_pairs; i++) {
         __m512bh b[2];
-        UNROLL for (int v = 0; v < vectors; v++)
-            b[v] = (__m512bh)_mm512_load_si512(w + v * 32);
+        UNROLL for (int v = 0; v < vectors; v++) b[v] = (__m512bh)_mm512_load_si512(w + v * 32);
         PREFETCH(prefetch);
         UNROLL for (int m = 0; m < rows; m++)
         {
             if (m == rows / 2)
                 PREFETCH(prefetch + prefetch_step / 2);
             __m512bh a = pair_of(x + m * X_STRIDE);
-            UNROLL for (int v = 0; v < vectors; v++)
-                acc[m][v] = _mm512_dpbf16_ps(acc[m][v], a, b[v]);
+            UNROLL for (int v = 0; v < vectors; v++) acc[m][v] =
+                _mm512_dpbf16_ps(acc[m][v], a, b[v]);
         }
         x += 2;
         w += vectors * 32;
@@ -78,8 +79,7 @@ INLINE void tile(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int3
     }
     UNROLL for (int m = 0; m < rows; m++)
     {
-        UNROLL for (int v = 0; v < vectors; v++)
-            _mm512_storeu_ps(y + m * ldy + v * 16, acc[m][v]);
+        UNROLL for (int v = 0; v < vectors; v++) _mm512_storeu_ps(y + m * ldy + v * 16, acc[m][v]);
     }
 }
 
@@ -113,31 +113,31 @@ INLINE void tile(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int3
     __m512 acc[MIL_CPU_MAX_TILE_ROWS][2];
     UNROLL for (int m = 0; m < rows; m++)
     {
-        UNROLL for (int v = 0; v < vectors; v++)
-            acc[m][v] = resume ? _mm512_loadu_ps(y + m * ldy + v * 16) : _mm512_setzero_ps();
+        UNROLL for (int v = 0; v < vectors; v++) acc[m][v] =
+            resume ? _mm512_loadu_ps(y + m * ldy + v * 16) : _mm512_setzero_ps();
     }
     for (int32_t i = 0; i < n_pairs; i++) {
         __m512 b[2];
-        UNROLL for (int v = 0; v < vectors; v++)
-            b[v] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_load_si512(w + v * 32), odd_half));
+        UNROLL for (int v = 0; v < vectors; v++) b[v] =
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_load_si512(w + v * 32), odd_half));
         PREFETCH(prefetch);
         UNROLL for (int m = 0; m < rows; m++)
         {
             __m512 a = _mm512_set1_ps(x[m * X_STRIDE + 1]);
-            UNROLL for (int v = 0; v < vectors; v++)
-                acc[m][v] = _mm512_fmadd_ps(a, b[v], acc[m][v]);
+            UNROLL for (int v = 0; v < vectors; v++) acc[m][v] =
+                _mm512_fmadd_ps(a, b[v], acc[m][v]);
         }
         /* Load again rather than keep: two more live vectors would spill accumulators. */
         if (rows >= 12)
             __asm__("" : "+r"(w));
-        UNROLL for (int v = 0; v < vectors; v++)
-            b[v] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_load_si512(w + v * 32), 16));
+        UNROLL for (int v = 0; v < vectors; v++) b[v] =
+            _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_load_si512(w + v * 32), 16));
         PREFETCH(prefetch + prefetch_step / 2);
         UNROLL for (int m = 0; m < rows; m++)
         {
             __m512 a = _mm512_set1_ps(x[m * X_STRIDE]);
-            UNROLL for (int v = 0; v < vectors; v++)
-                acc[m][v] = _mm512_fmadd_ps(a, b[v], acc[m][v]);
+            UNROLL for (int v = 0; v < vectors; v++) acc[m][v] =
+                _mm512_fmadd_ps(a, b[v], acc[m][v]);
         }
         x += 2;
         w += vectors * 32;
@@ -145,8 +145,7 @@ INLINE void tile(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int3
     }
     UNROLL for (int m = 0; m < rows; m++)
     {
-        UNROLL for (int v = 0; v < vectors; v++)
-            _mm512_storeu_ps(y + m * ldy + v * 16, acc[m][v]);
+        UNROLL for (int v = 0; v < vectors; v++) _mm512_storeu_ps(y + m * ldy + v * 16, acc[m][v]);
     }
 }
 
@@ -158,36 +157,35 @@ INLINE void tile(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int3
 
 /* `vectors` ymm of a panel whose pairs lie `step` items apart. */
 INLINE void tile(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int32_t n_pairs,
-                 bool resume, const char *prefetch, int64_t prefetch_step, int rows, int vectors, int step)
+                 bool resume, const char *prefetch, int64_t prefetch_step, int rows, int vectors,
+                 int step)
 {
     const __m256i odd_half = _mm256_set1_epi32((int)0xffff0000u);
     __m256 acc[MIL_CPU_MAX_TILE_ROWS][4];
     UNROLL for (int m = 0; m < rows; m++)
     {
-        UNROLL for (int v = 0; v < vectors; v++)
-            acc[m][v] = resume ? _mm256_loadu_ps(y + m * ldy + v * 8) : _mm256_setzero_ps();
+        UNROLL for (int v = 0; v < vectors; v++) acc[m][v] =
+            resume ? _mm256_loadu_ps(y + m * ldy + v * 8) : _mm256_setzero_ps();
     }
     for (int32_t i = 0; i < n_pairs; i++) {
         __m256 b[4];
-        UNROLL for (int v = 0; v < vectors; v++)
-            b[v] = _mm256_castsi256_ps(_mm256_and_si256(
-                _mm256_load_si256((const __m256i *)(w + v * 16)), odd_half));
+        UNROLL for (int v = 0; v < vectors; v++) b[v] = _mm256_castsi256_ps(
+            _mm256_and_si256(_mm256_load_si256((const __m256i *)(w + v * 16)), odd_half));
         PREFETCH(prefetch);
         UNROLL for (int m = 0; m < rows; m++)
         {
             __m256 a = _mm256_broadcast_ss(x + m * X_STRIDE + 1);
-            UNROLL for (int v = 0; v < vectors; v++)
-                acc[m][v] = _mm256_fmadd_ps(a, b[v], acc[m][v]);
+            UNROLL for (int v = 0; v < vectors; v++) acc[m][v] =
+                _mm256_fmadd_ps(a, b[v], acc[m][v]);
         }
-        UNROLL for (int v = 0; v < vectors; v++)
-            b[v] = _mm256_castsi256_ps(
-                _mm256_slli_epi32(_mm256_load_si256((const __m256i *)(w + v * 16)), 16));
+        UNROLL for (int v = 0; v < vectors; v++) b[v] = _mm256_castsi256_ps(
+            _mm256_slli_epi32(_mm256_load_si256((const __m256i *)(w + v * 16)), 16));
         PREFETCH(prefetch + prefetch_step / 2);
         UNROLL for (int m = 0; m < rows; m++)
         {
             __m256 a = _mm256_broadcast_ss(x + m * X_STRIDE);
-            UNROLL for (int v = 0; v < vectors; v++)
-                acc[m][v] = _mm256_fmadd_ps(a, b[v], acc[m][v]);
+            UNROLL for (int v = 0; v < vectors; v++) acc[m][v] =
+                _mm256_fmadd_ps(a, b[v], acc[m][v]);
         }
         x += 2;
         w += step;
@@ -195,13 +193,12 @@ INLINE void tile(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int3
     }
     UNROLL for (int m = 0; m < rows; m++)
     {
-        UNROLL for (int v = 0; v < vectors; v++)
-            _mm256_storeu_ps(y + m * ldy + v * 8, acc[m][v]);
+        UNROLL for (int v = 0; v < vectors; v++) _mm256_storeu_ps(y + m * ldy + v * 8, acc[m][v]);
     }
 }
 
-/* Sixteen registers hold 5 rows of 16 columns (a sixth spills under gcc 12, and is slower): a panel of
- * 32 is two halves, the second from cache. */
+/* Sixteen registers hold 5 rows of 16 columns (a sixth spills under gcc 12, and is slower): a panel
+ * of 32 is two halves, the second from cache. */
 INLINE void tile32(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int32_t n_pairs,
                    bool resume, const char *prefetch, int64_t prefetch_step, int rows)
 {
@@ -238,8 +235,10 @@ static void tile(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int3
 }
 
 #define MAX_ROWS 4
-#define TILE32(rows) ((void)prefetch, (void)prefetch_step, tile(y, ldy, x, panel, n_pairs, resume, rows, 32))
-#define TILE16(rows) ((void)prefetch, (void)prefetch_step, tile(y, ldy, x, panel, n_pairs, resume, rows, 16))
+#define TILE32(rows)                                                                               \
+    ((void)prefetch, (void)prefetch_step, tile(y, ldy, x, panel, n_pairs, resume, rows, 32))
+#define TILE16(rows)                                                                               \
+    ((void)prefetch, (void)prefetch_step, tile(y, ldy, x, panel, n_pairs, resume, rows, 16))
 
 #endif
 #endif
@@ -248,12 +247,14 @@ static void tile(float *y, int64_t ldy, const X_ITEM *x, const uint16_t *w, int3
 
 #define TILES(rows)                                                                                \
     static void tile_##rows##x32(float *y, int64_t ldy, const void *x, const uint16_t *panel,      \
-                                 int32_t n_pairs, bool resume, const void *prefetch, int64_t prefetch_step)               \
+                                 int32_t n_pairs, bool resume, const void *prefetch,               \
+                                 int64_t prefetch_step)                                            \
     {                                                                                              \
         TILE32(rows);                                                                              \
     }                                                                                              \
     static void tile_##rows##x16(float *y, int64_t ldy, const void *x, const uint16_t *panel,      \
-                                 int32_t n_pairs, bool resume, const void *prefetch, int64_t prefetch_step)               \
+                                 int32_t n_pairs, bool resume, const void *prefetch,               \
+                                 int64_t prefetch_step)                                            \
     {                                                                                              \
         TILE16(rows);                                                                              \
     }
@@ -281,8 +282,8 @@ TILES(14)
 #define FOUR(width) NULL, tile_1x##width, tile_2x##width, tile_3x##width, tile_4x##width
 #define FIVE(width) FOUR(width), tile_5x##width
 #define THIRTEEN(width)                                                                            \
-    FIVE(width), tile_6x##width, tile_7x##width, tile_8x##width, tile_9x##width, tile_10x##width, tile_11x##width,  \
-        tile_12x##width, tile_13x##width
+    FIVE(width), tile_6x##width, tile_7x##width, tile_8x##width, tile_9x##width, tile_10x##width,  \
+        tile_11x##width, tile_12x##width, tile_13x##width
 
 const mil_cpu_linear_kernels MIL_CPU_NAME(mil_cpu_linear_kernels) = {
     .max_rows = MAX_ROWS,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from milpy.adapter_config import CONFIG_FILE
 from milpy.adapters import WEIGHTS_FILE, read_adapter
 from milpy.config import ModelConfig
-from milpy.errors import AdapterError, RequestError
+from milpy.errors import AdapterError, EngineError, RequestError
 from milpy.hub import resolve_model
 from milpy.outputs import check_adapter_name
 from milpy.strict_json import show, show_names
@@ -52,6 +52,7 @@ class AdapterTable:
         self._contents: dict[str, _Content] = {}
         self._lock = threading.Lock()
         self._loading = threading.Lock()
+        self._is_closed = False
 
     def names(self) -> list[str]:
         with self._lock:
@@ -65,6 +66,8 @@ class AdapterTable:
         check_adapter_name(name)
         folder = resolve_model(path)
         with self._loading:
+            if self._is_closed:
+                raise EngineError("the engine is closed")
             source = _source(folder)
             try:
                 adapter = read_adapter(folder, self._config)
@@ -118,6 +121,13 @@ class AdapterTable:
                 for content in contents:
                     self._release(content)
 
+    def close(self) -> None:
+        """Let a load under way end, and take no other. Contents go with the model."""
+        with self._loading, self._lock:
+            self._is_closed = True
+            self._names.clear()
+            self._contents.clear()
+
     def _check(self, name: str) -> None:
         if name not in self._names:
             known = show_names(self._names, 20) or "none: no adapter is loaded"
@@ -132,7 +142,7 @@ class AdapterTable:
 
     def _release(self, content: _Content) -> None:
         content.n_holders -= 1
-        if content.n_holders == 0:
+        if content.n_holders == 0 and not self._is_closed:
             del self._contents[content.digest]
             self._model.release_adapter(content.id)
 

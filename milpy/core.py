@@ -87,6 +87,7 @@ class Core:
         self._lock = threading.Lock()  # over _jobs and every short call into the engine
         self._jobs: dict[int, Job] = {}
         self._engine: _C.Engine | None = None
+        self.adapters = AdapterTable(self._model, self.config)
         self._failure: Exception | None = None
         self._is_closed = False
         self._is_abandoned = False
@@ -100,7 +101,6 @@ class Core:
                 kv_cache_bytes=options.kv_cache_bytes or 0,
                 poison=os.environ.get("MILPY_POISON") == "1",
             )
-            self.adapters = AdapterTable(self._model, self.config)
             for name, path in (options.adapters or {}).items():
                 self.adapters.load(name, path)
             stats = self._engine.stats()
@@ -196,6 +196,7 @@ class Core:
             engine.stop()
 
     def _give_back(self) -> None:
+        self.adapters.close()
         with self._lock:
             engine, self._engine = self._engine, None
             if engine is not None:

@@ -13,13 +13,14 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.tiny_llama import write_adapter, write_tiny_llama
 from helpers.tiny_tokenizer import VOCAB
 
 import milpy
-from milpy import _C, LLM, LoRARequest, RequestOutput, SamplingParams
+from milpy import _C, LLM, LoRARequest, RequestOutput, SamplingParams, adapter_table
 from milpy.errors import EngineError, MilpyError, RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, logprobs=3, ignore_eos=True)
@@ -301,6 +302,33 @@ def test_close_gives_all_memory_back(folders: Path) -> None:
     for call in (llm.stats, lambda: llm.generate([[1]]), lambda: llm.load_adapter("a", "b")):
         with pytest.raises(EngineError, match="closed"):
             call()
+
+
+def test_closing_waits_for_an_adapter_that_is_being_loaded(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+    read_adapter = adapter_table.read_adapter
+
+    def slow(*arguments: Any) -> Any:
+        reading.set()
+        go_on.wait()
+        return read_adapter(*arguments)
+
+    monkeypatch.setattr(adapter_table, "read_adapter", slow)
+    before = _C.memory_held()
+    llm = LLM(folders / "model", progress=False, n_threads=1)
+    loader = threading.Thread(target=llm.load_adapter, args=("a", folders / "a"))
+    loader.start()
+    reading.wait()
+    closer = threading.Thread(target=llm.close)
+    closer.start()
+    go_on.set()
+    loader.join()
+    closer.join()
+    assert _C.memory_held() == before
+    with pytest.raises(EngineError, match="closed"):
+        llm.load_adapter("a", folders / "a")
 
 
 def test_a_forgotten_llm_gives_its_memory_back(model: Path) -> None:

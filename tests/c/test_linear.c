@@ -224,6 +224,24 @@ TEST(a_row_does_not_depend_on_its_place_in_the_batch)
     close_contexts(contexts, n);
 }
 
+TEST(denormal_results_are_zero_on_every_set)
+{
+    static const float zeros[32];
+    mil_context contexts[MAX_BACKENDS];
+    int32_t n = open_contexts(contexts, (size_t)1 << 20);
+    problem p = make_problem(1, 32, 8, false);
+    for (int32_t k = 0; k < 8; k++)
+        p.x[k] = mil_bf16_from_float(0x1p-66f);
+    for (int32_t i = 0; i < 32 * 8; i++)
+        p.w[i] = p.x[0];
+    mil_backend_find("cpu")->pack(&p.weight, 0, 0, 32, p.w, MIL_DTYPE_BF16, 8);
+    memcpy(p.want, zeros, sizeof zeros);
+    for (int32_t c = 0; c < n; c++)
+        CHECK(product_is_right(&p, &contexts[c], 1));
+    free_problem(&p);
+    close_contexts(contexts, n);
+}
+
 TEST(too_small_a_workspace_is_named)
 {
     mil_context contexts[MAX_BACKENDS];

@@ -26,7 +26,9 @@ TOLERANCE = {
     # One rounding to bfloat16 of a float32 result that is off by some EPS_F32.
     "norm": Tolerance(1.02 * EPS_BF16, 1e-30),
     "act": Tolerance(1.02 * EPS_BF16, 1e-30),
-    # As above; a' = a cos - b sin can cancel: float32's error counts against |a| + |b|, <= 8 here.
+    # As act; gate and up are off by the products' chains, K EPS_F32 of magnitudes of some units.
+    "gate_up_act": Tolerance(1.02 * EPS_BF16, 1e-4),
+    # As norm; a' = a cos - b sin can cancel: float32's error counts against |a| + |b|, <= 8 here.
     "rope": Tolerance(1.02 * EPS_BF16, 8 * 4 * EPS_F32),
     # The result's own rounding, and that of p: each weight is off by up to EPS_BF16 of itself, so
     # the sum by up to EPS_BF16 * max |v| (4 here) were all errors of one sign; they are not: half.

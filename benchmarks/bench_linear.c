@@ -1,7 +1,8 @@
 /* Products, LoRA and the pool, each beside the roofs of its own round. One JSON object a line; the
  * judging is bench_cpu.py's.
  *
- *   bench_linear gemm|lora|pool N_ROUNDS N_THREADS      (MILPY_CPU_ISA forces an instruction set)
+ *   bench_linear gemm|lora|pool N_ROUNDS N_THREADS (0: all)      (MILPY_CPU_ISA forces an
+ * instruction set)
  *
  * gemm: y[M, 4096] = x W^T, K = 4096, over 1 GiB of weights in rotation, so that none is in a
  * cache. lora: the seven projections of a whole model (0.5 B and 1 B shapes), with and without
@@ -98,14 +99,19 @@ static void open_machine(machine *all, int32_t n_threads)
         memcpy((char *)all->weights + done, all->weights, done);
 }
 
-static void print_roofs(const machine *all)
+typedef struct roofs {
+    double read, bf16, fp32_avx2;
+} roofs;
+
+/* The better of what is there and of a measurement now. */
+static void measure_roofs(const machine *all, roofs *best)
 {
     double read = roof_read_gbs(all->weights, WEIGHT_BYTES, all->n_threads, all->cpus);
     double bf16 = roof_bf16_gflops(all->n_threads, all->cpus);
     double fp32_avx2 = roof_fp32_avx2_gflops(all->n_threads, all->cpus);
-    printf("\"read_gbs\": %.3f, \"bf16_gflops\": %.2f, \"fp32_avx2_gflops\": %.2f}\n", read, bf16,
-           fp32_avx2);
-    fflush(stdout);
+    best->read = read > best->read ? read : best->read;
+    best->bf16 = bf16 > best->bf16 ? bf16 : best->bf16;
+    best->fp32_avx2 = fp32_avx2 > best->fp32_avx2 ? fp32_avx2 : best->fp32_avx2;
 }
 
 /* ---- products ---- */
@@ -138,16 +144,21 @@ static double gemm_seconds(machine *all, int32_t M, int32_t n_products, size_t *
 
 static void bench_gemm(machine *all, int32_t n_rounds)
 {
-    static const int32_t rows[] = {1, 2, 4, 8, 16, 32, 128, 512};
+    static const int32_t rows[] = {1, 4, 16, 128};
     size_t at = 0;
     for (int32_t round = 0; round < n_rounds; round++) {
         for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
             int32_t M = rows[i];
             int32_t n_products = M <= 16 ? 16 : M <= 128 ? 4 : 1;
+            roofs best = {0};
+            measure_roofs(all, &best);
             double seconds = gemm_seconds(all, M, n_products, &at);
-            printf("{\"bench\": \"gemm\", \"M\": %d, \"gflops\": %.3f, ", M,
-                   2.0 * M * GEMM_SIZE * GEMM_SIZE / 1e9 / seconds);
-            print_roofs(all);
+            measure_roofs(all, &best);
+            printf("{\"bench\": \"gemm\", \"M\": %d, \"gflops\": %.3f, \"read_gbs\": %.3f, "
+                   "\"bf16_gflops\": %.2f, \"fp32_avx2_gflops\": %.2f}\n",
+                   M, 2.0 * M * GEMM_SIZE * GEMM_SIZE / 1e9 / seconds, best.read, best.bf16,
+                   best.fp32_avx2);
+            fflush(stdout);
         }
     }
 }

@@ -1,6 +1,6 @@
 """Every bar of this machine's kind, one table after the other: `make bench`.
 
-python -m benchmarks [cpu] [engine] [load] [start]     (none named: all)
+python -m benchmarks [cpu] [attention] [engine] [load] [start]     (none named: all)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 
 PARTS = {
     "cpu": ["benchmarks.bench_cpu"],
+    "attention": ["benchmarks.bench_attention"],
     "engine": ["benchmarks.bench_engine"],
     "load": ["benchmarks.bench_load"],
     "start": ["benchmarks.bench_start", "--install"],

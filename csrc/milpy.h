@@ -244,7 +244,8 @@ typedef enum mil_finish {
     MIL_FINISH_STOP,      /* a stop token, which is the event's token */
     MIL_FINISH_LENGTH,    /* max_tokens or the context */
     MIL_FINISH_CANCELLED, /* no token */
-    MIL_FINISH_ERROR,     /* no token; the engine's error says why */
+    MIL_FINISH_ERROR,     /* no token: the engine has died, and its error says why */
+    MIL_FINISH_NUMERICS,  /* no token: its logits are not finite; the engine goes on */
 } mil_finish;
 
 typedef struct mil_event {

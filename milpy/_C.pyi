@@ -17,6 +17,7 @@ FINISH_STOP: int
 FINISH_LENGTH: int
 FINISH_CANCELLED: int
 FINISH_ERROR: int
+FINISH_NUMERICS: int
 
 # token, logprob, 1-based rank, and the best tokens with their logprobs
 _Sample: TypeAlias = tuple[int, float, int, list[tuple[int, float]]]

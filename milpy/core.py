@@ -307,6 +307,11 @@ class Core:
         if finish == _C.FINISH_ERROR:
             self._runner.join()  # it has raised, or is about to
             job.error = EngineError(f"the engine has failed: {self._failure}")
+        elif finish == _C.FINISH_NUMERICS:
+            voice = show(job.request.adapter) if job.request.adapter else "the base model"
+            job.error = EngineError(
+                f"request {job.id}: the logits of {voice} are not finite, expected finite ones"
+            )
         try:
             return job.stream.push(sample, finish)
         except Exception as problem:  # one answer's text must not end everybody's

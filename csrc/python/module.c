@@ -76,7 +76,7 @@ static int add_constants(PyObject *module)
         {"MAX_LOGPROBS", MIL_MAX_LOGPROBS},   {"MAX_STOP_TOKENS", MIL_MAX_STOP_TOKENS},
         {"FINISH_NONE", MIL_FINISH_NONE},     {"FINISH_STOP", MIL_FINISH_STOP},
         {"FINISH_LENGTH", MIL_FINISH_LENGTH}, {"FINISH_CANCELLED", MIL_FINISH_CANCELLED},
-        {"FINISH_ERROR", MIL_FINISH_ERROR},
+        {"FINISH_ERROR", MIL_FINISH_ERROR},   {"FINISH_NUMERICS", MIL_FINISH_NUMERICS},
     };
     for (size_t i = 0; i < sizeof constants / sizeof constants[0]; i++)
         if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)

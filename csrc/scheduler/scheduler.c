@@ -462,7 +462,7 @@ static bool deliver(mil_scheduler *scheduler, mil_request *request, const mil_sa
     memset(event, 0, sizeof *event);
     event->id = request->id;
     if (sample->token < 0) {
-        event->finish = MIL_FINISH_ERROR;
+        event->finish = MIL_FINISH_NUMERICS;
         (void)mil_scheduler_end(scheduler, request);
         return true;
     }

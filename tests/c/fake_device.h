@@ -139,7 +139,7 @@ static inline int32_t fake_answer(const int32_t *prompt, int32_t n_prompt, int32
         state = mil_mix64(state ^ fake_kv_row(prompt[p], p, content));
     for (int32_t n = 0;; n++) {
         int32_t token = fake_choose(state, seed, vocab);
-        *finish = token < 0          ? MIL_FINISH_ERROR
+        *finish = token < 0          ? MIL_FINISH_NUMERICS
                   : token == stop    ? MIL_FINISH_STOP
                   : n + 1 == max_new ? MIL_FINISH_LENGTH
                                      : MIL_FINISH_NONE;

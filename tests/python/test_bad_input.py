@@ -19,6 +19,7 @@ from milpy.errors import (
     AdapterError,
     CheckpointError,
     ConfigError,
+    EngineError,
     HubError,
     MilpyError,
     RequestError,
@@ -257,6 +258,22 @@ def rank_mismatch(root: Path) -> Path:
 def not_finite(root: Path) -> Path:
     write_adapter(root / "bad", root / "model", rank=4, gain=float("nan"))
     return root / "bad"
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(
+    llm: LLM, model: Path, tmp_path: Path
+) -> None:
+    """Once the pump waited for ever for the engine to die of it, and every other caller with it."""
+    write_adapter(tmp_path / "huge", model, rank=4, gain=1e36)  # finite, but not what comes of it
+    llm.load_adapter("huge", tmp_path / "huge")
+    (expected,) = llm.generate([[1, 2]], GREEDY, adapter="a", use_tqdm=False)
+    other = llm.stream([1, 2], GREEDY, adapter="a")
+    with pytest.raises(EngineError, match='"huge" are not finite, expected'):
+        llm.generate([[1, 2]], GREEDY, adapter="huge", use_tqdm=False)
+    *_, last = other
+    assert last.outputs == expected.outputs
+    assert llm.generate([[1, 2]], GREEDY, adapter="a", use_tqdm=False)[0].outputs == last.outputs
+    llm.unload_adapter("huge")
 
 
 def dora(root: Path) -> Path:

@@ -2,7 +2,10 @@
 
 Ids come from the `tokenizers` library and tokenizer.json alone, as transformers' fast tokenizers
 make them; truncation and padding that the file asks for are switched off, since they would change a
-prompt in silence.
+prompt in silence. What begins and ends a prompt is tokenizer.json's post-processor, as transformers
+5 has it: that drops add_bos_token and add_eos_token of tokenizer_config.json where the folder has a
+tokenizer.json. transformers 4 let them win for some classes, so where they say otherwise than the
+post-processor the model is refused: nobody can tell which its author ran.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from milpy.errors import RequestError, TokenizerError
 from milpy.files import read_whole
 from milpy.strict_json import Json, parse_object, show
+from milpy.tokenizer_check import Affixes, CheckedFile, check_tokenizer
 
 if TYPE_CHECKING:
     from milpy.chat_template import ChatTemplate, Message
@@ -27,7 +31,6 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 MAX_TOKENIZER_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 16 << 20  # it repeats every added token
 MAX_CONFIG_DEPTH = 16
-MAX_ADDED_TOKENS = 65_536
 MAX_PROMPT_BYTES = 2_000_000
 MAX_PENDING_TOKENS = 8
 
@@ -44,14 +47,16 @@ class Tokenizer:
         With `vocab_size`, ids that the model has no row for are refused.
         """
         self.folder = Path(folder)
-        self._backend = _load(self.folder / TOKENIZER_FILE)
+        self._backend, affixes = _load(self.folder / TOKENIZER_FILE, vocab_size)
         added = self._backend.get_added_tokens_decoder()
-        _check_ids(self.folder / TOKENIZER_FILE, self._backend, added, vocab_size)
         self._special_ids = frozenset(token for token, info in added.items() if info.special)
         self._config = _read_config(self.folder / CONFIG_FILE)
         self._names = _special_tokens(self.folder, self._config)
         bos = self._names.get("bos_token")
         self.bos_token_id: int | None = self._backend.token_to_id(bos) if bos else None
+        eos = self._names.get("eos_token")
+        eos_id = self._backend.token_to_id(eos) if eos else None
+        _check_affixes(self.folder, self._config, affixes, self.bos_token_id, eos_id)
         self._template: ChatTemplate | None = None
         self.decode_token = lru_cache(maxsize=65_536)(self._decode_token)
 
@@ -170,10 +175,12 @@ def check_text(text: str, what: str) -> None:
         raise RequestError(f"{what} is {n_bytes} bytes, expected at most {MAX_PROMPT_BYTES}")
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, vocab_size: int | None) -> tuple[Any, Affixes]:
+    """The library's tokenizer, from a file that was checked before, and what it adds to a text."""
     if not exists(path):
         raise TokenizerError(f"{path}: no such file, expected one: token ids need no tokenizer")
     data = read_whole(path, MAX_TOKENIZER_BYTES, TokenizerError)
+    checked = check_tokenizer(data, source=str(path), vocab_size=vocab_size)
     from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - 50 ms, and ids do without
 
     try:
@@ -185,23 +192,48 @@ def _load(path: Path) -> Any:
         raise
     except BaseException as problem:  # a Rust panic is no Exception
         raise TokenizerError(f"{path}: {problem}") from problem
-    return backend
+    _check_ids(path, backend, checked)
+    return backend, checked.affixes
 
 
-def _check_ids(path: Path, backend: Any, added: Mapping[int, Any], vocab_size: int | None) -> None:
-    if len(added) > MAX_ADDED_TOKENS:
-        raise TokenizerError(
-            f"{path}: has {len(added)} added tokens, expected at most {MAX_ADDED_TOKENS}"
-        )
-    vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-    if not vocab:
-        raise TokenizerError(f"{path}: has no tokens")
-    token, highest = max(vocab.items(), key=lambda item: item[1])
-    if vocab_size is not None and highest >= vocab_size:
-        raise TokenizerError(
-            f"{path}: token {show(token)} has the id {highest}, expected ids below the model's "
-            f"vocab_size, {vocab_size}"
-        )
+def _check_ids(path: Path, backend: Any, checked: CheckedFile) -> None:
+    """The library numbers added tokens itself, whatever the file says."""
+    for token, number in checked.added.items():
+        found = backend.token_to_id(token)
+        if found != number:
+            raise TokenizerError(
+                f"{path}: added token {show(token)} has the id {number}, expected {found}, "
+                "the next that is free"
+            )
+
+
+def _check_affixes(
+    folder: Path,
+    config: Mapping[str, Json],
+    affixes: Affixes,
+    bos: int | None,
+    eos: int | None,
+) -> None:
+    """Refuse flags that say otherwise than the post-processor does."""
+    for key, token, found in (
+        ("add_bos_token", bos, affixes.before),
+        ("add_eos_token", eos, affixes.after),
+    ):
+        flag = config.get(key)
+        if flag is None:
+            continue
+        if not isinstance(flag, bool):
+            raise TokenizerError(
+                f"{folder / CONFIG_FILE}: {key} is {show(flag)}, expected true or false"
+            )
+        # As in transformers, a token without a name is not added.
+        expected = (token,) if flag and token is not None else ()
+        if found != expected:
+            raise TokenizerError(
+                f"{folder / CONFIG_FILE}: {key} is {show(flag)}, which is the ids "
+                f"{list(expected)}, but the post_processor of {TOKENIZER_FILE} adds "
+                f"{list(found)}: expected both to say the same"
+            )
 
 
 def _read_config(path: Path) -> dict[str, Json]:

@@ -131,7 +131,6 @@ class Stepper:
         cls,
         model: Model,
         *,
-        vocab: int,
         n_pages: int,
         page_size: int,
         max_seqs: int,

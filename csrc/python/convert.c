@@ -357,7 +357,8 @@ void mil_borrowed_release(mil_borrowed *borrowed)
 
 PyArrayObject *mil_int32_array(PyObject *object, const char *what)
 {
-    PyObject *array = PyArray_FROM_OTF(object, NPY_INT32, NPY_ARRAY_IN_ARRAY);
+    PyObject *array =
+        PyArray_FROM_OTF(object, NPY_INT32, NPY_ARRAY_IN_ARRAY | NPY_ARRAY_ENSURECOPY);
     if (array == NULL)
         return NULL;
     if (PyArray_NDIM((PyArrayObject *)array) != 1 ||

@@ -38,7 +38,8 @@ int mil_read_adapter(PyObject *adapter, mil_borrowed *out);
 void mil_borrowed_release(mil_borrowed *borrowed);
 
 /* A one-dimensional int32 array (new reference) from a sequence or array of ints; values that do
- * not fit are an error, never wrapped. */
+ * not fit are an error, never wrapped. Always a copy: what is checked without the GIL must not be
+ * the caller's to change. */
 PyArrayObject *mil_int32_array(PyObject *object, const char *what);
 
 /* (token, logprob, rank, [(token, logprob), ...]) */

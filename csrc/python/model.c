@@ -65,6 +65,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     self->owner = getpid();
+    self->vocab = config.vocab;
     mil_model_options options = {
         .device = device,
         .tensor_parallel = tensor_parallel,

@@ -50,6 +50,7 @@ typedef struct mil_model_object {
     PyObject_HEAD
     mil_model *model;   /* NULL once closed */
     Py_ssize_t n_users; /* engines and steppers alive on it, changed under the GIL */
+    int32_t vocab;      /* V, the width of a row of logits */
     pid_t owner;        /* the process that made it: a forked child has none of its threads */
 } mil_model_object;
 

@@ -9,7 +9,6 @@ typedef struct stepper_object {
     PyObject_HEAD
     mil_stepper *stepper; /* NULL once freed */
     mil_model_object *model;
-    int32_t vocab;
     bool is_stepping;
 } stepper_object;
 
@@ -21,16 +20,14 @@ typedef struct seq_object {
 
 static PyObject *stepper_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model",    "vocab",      "n_pages",           "page_size",
-                            "max_seqs", "max_tokens", "max_pages_per_seq", NULL};
+    static char *names[] = {"model",      "n_pages",           "page_size", "max_seqs",
+                            "max_tokens", "max_pages_per_seq", NULL};
     PyObject *model_object;
-    int vocab = 0;
     mil_stepper_options options = {0};
     mil_module_state *state = PyType_GetModuleState(type);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$iiiiii:Stepper", names, state->model,
-                                     &model_object, &vocab, &options.n_pages, &options.page_size,
-                                     &options.max_seqs, &options.max_tokens,
-                                     &options.max_pages_per_seq))
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "O!|$iiiii:Stepper", names, state->model, &model_object, &options.n_pages,
+            &options.page_size, &options.max_seqs, &options.max_tokens, &options.max_pages_per_seq))
         return NULL;
     stepper_object *self = (stepper_object *)type->tp_alloc(type, 0);
     mil_model *model = NULL;
@@ -40,7 +37,6 @@ static PyObject *stepper_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         return NULL;
     }
     self->model = (mil_model_object *)Py_NewRef(model_object);
-    self->vocab = vocab;
     mil_status status = mil_stepper_create(&self->stepper, model, &options);
     if (status != MIL_OK) {
         mil_raise(state, status);
@@ -171,13 +167,14 @@ static PyObject *stepper_step(PyObject *object, PyObject *args, PyObject *kwargs
         PyErr_SetString(mil_state_of(object)->errors[MIL_ERR_BUSY], "a step is under way");
         return NULL;
     }
-    PyObject *fast = PySequence_Fast(sequence, "items must be a sequence");
-    PyObject *keep = fast != NULL ? PyList_New(0) : NULL;
+    /* A tuple of its own: a list could change while the step runs, and let go of a sequence. */
+    PyObject *tuple = PySequence_Tuple(sequence);
+    PyObject *keep = tuple != NULL ? PyList_New(0) : NULL;
     if (keep == NULL) {
-        Py_XDECREF(fast);
+        Py_XDECREF(tuple);
         return NULL;
     }
-    int32_t n_items = (int32_t)PySequence_Fast_GET_SIZE(fast);
+    int32_t n_items = (int32_t)PyTuple_GET_SIZE(tuple);
     mil_step_item *items = mil_alloc((size_t)n_items, sizeof *items);
     mil_sample *samples = NULL;
     PyObject *logits = NULL;
@@ -188,12 +185,12 @@ static PyObject *stepper_step(PyObject *object, PyObject *args, PyObject *kwargs
     }
     int64_t n_rows = 0;
     for (int32_t i = 0; i < n_items; i++) {
-        if (read_item(self, PySequence_Fast_GET_ITEM(fast, i), keep, &items[i]) < 0)
+        if (read_item(self, PyTuple_GET_ITEM(tuple, i), keep, &items[i]) < 0)
             goto done;
         n_rows += items[i].all_logits ? items[i].n_tokens : 1;
     }
     samples = mil_alloc((size_t)n_rows, sizeof *samples);
-    npy_intp shape[2] = {n_rows, self->vocab};
+    npy_intp shape[2] = {n_rows, self->model->vocab};
     logits = wants_logits ? PyArray_SimpleNew(2, shape, NPY_FLOAT32) : Py_NewRef(Py_None);
     if (samples == NULL || logits == NULL) {
         if (!PyErr_Occurred())
@@ -219,7 +216,7 @@ done:
     mil_free(samples);
     mil_free(items);
     Py_DECREF(keep);
-    Py_DECREF(fast);
+    Py_DECREF(tuple);
     return result;
 }
 
@@ -237,8 +234,8 @@ static PyType_Slot stepper_slots[] = {
     {Py_tp_new, stepper_new},
     {Py_tp_dealloc, stepper_dealloc},
     {Py_tp_methods, stepper_methods},
-    {Py_tp_doc, "Stepper(model, *, vocab, n_pages, page_size, max_seqs, max_tokens,\n"
-                "max_pages_per_seq): the caller owns pages 0 .. n_pages - 1 and the order."},
+    {Py_tp_doc, "Stepper(model, *, n_pages, page_size, max_seqs, max_tokens, max_pages_per_seq): "
+                "the caller owns pages 0 .. n_pages - 1 and the order."},
     {0, NULL},
 };
 

@@ -129,7 +129,6 @@ class Forced:
         )
         self.stepper = _C.Stepper(
             self.model,
-            vocab=self.config.vocab_size,
             n_pages=MAX_TOKENS // PAGE + 64,
             page_size=PAGE,
             max_seqs=64,

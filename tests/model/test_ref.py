@@ -48,7 +48,6 @@ class Ours:
         )
         self.stepper = _C.Stepper(
             self.model,
-            vocab=self.config.vocab_size,
             n_pages=8,
             page_size=PAGE,
             max_seqs=2,

@@ -30,8 +30,9 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-# Longer than any 64-bit integer; Python's own int() is quadratic in the digits.
-_MAX_INT_DIGITS = 20
+# Any 64-bit integer, and the 31 digits of int(1e30), which transformers writes into every
+# tokenizer_config.json as model_max_length; Python's own int() is quadratic in the digits.
+_MAX_INT_DIGITS = 31
 
 
 def show(value: object, limit: int = 80) -> str:

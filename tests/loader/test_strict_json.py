@@ -41,7 +41,7 @@ def test_integers_and_floats_stay_apart():
         (b"[-Infinity]", "-Infinity"),
         (b"1e309", "1e309"),
         (b"-1e309", "-1e309"),
-        (b"1" * 21, "21 digits"),
+        (b"1" * 32, "32 digits"),
         (b"1" * 5000, "5000 digits"),
         (b'"\xff"', "not UTF-8: byte 1 is 0xff"),
         (b'"\xc0\x80"', "not UTF-8"),

@@ -114,6 +114,14 @@ def test_a_special_token_of_another_type_is_refused(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
+def test_transformers_word_for_no_limit_is_a_number(tmp_path: Path) -> None:
+    """It writes int(1e30) as model_max_length, and 31 digits were once refused as too many."""
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": int(1e30)}))
+    assert Tokenizer(tmp_path).bos_token_id is not None
+
+
 # ---- streams of text ----
 
 

@@ -13,17 +13,19 @@ typedef struct attention_job {
     int32_t n_seqs;
     int32_t group;
     int32_t tile_queries;
-    bool is_apart;       /* splits are tasks of their own */
-    int32_t *order;      /* [n_seqs], heaviest class first */
-    int32_t *first_task; /* [n_seqs + 1], by place in order */
-    float *scratch;      /* one after another, one for each thread */
-    float *parts;        /* is_apart: one for each task, group rows each */
+    int32_t tile_kv_heads; /* of a tile of one query */
+    bool is_apart;         /* splits are tasks of their own */
+    int32_t *order;        /* [n_seqs], heaviest class first */
+    int32_t *first_task;   /* [n_seqs + 1], by place in order */
+    float *scratch;        /* one after another, one for each thread */
+    float *parts;          /* is_apart: one for each task, group rows each */
     atomic_int next;
     atomic_int next_merge;
 } attention_job;
 
 typedef struct attention_task {
-    int32_t sequence, tile, kv_head, split;
+    int32_t sequence, tile, split;
+    int32_t kv_head, n_kv_heads;
 } attention_task;
 
 static int32_t smaller(int32_t a, int32_t b)
@@ -127,11 +129,16 @@ static int32_t query_length(const mil_batch *batch, int32_t s)
     return batch->query_indptr[s + 1] - batch->query_indptr[s];
 }
 
+static int32_t kv_heads_of(const attention_job *job, int32_t s)
+{
+    return query_length(job->args->batch, s) == 1 ? job->tile_kv_heads : 1;
+}
+
 static int32_t tasks_of(const attention_job *job, int32_t s)
 {
     const mil_batch *batch = job->args->batch;
     int32_t n_tiles = ceil_div(query_length(batch, s), job->tile_queries);
-    int32_t n = n_tiles * job->args->kv->n_kv_heads;
+    int32_t n = n_tiles * (job->args->kv->n_kv_heads / kv_heads_of(job, s));
     return job->is_apart ? n * ceil_div(batch->kv_lengths[s], MIL_CPU_KV_SPLIT) : n;
 }
 
@@ -172,15 +179,17 @@ static attention_task task_at(const attention_job *job, int32_t index)
     }
     attention_task task = {.sequence = job->order[low]};
     const mil_batch *batch = job->args->batch;
-    int32_t n_kv_heads = job->args->kv->n_kv_heads, left = index - job->first_task[low];
+    int32_t left = index - job->first_task[low];
+    task.n_kv_heads = kv_heads_of(job, task.sequence);
+    int32_t n_parts = job->args->kv->n_kv_heads / task.n_kv_heads;
     if (job->is_apart) {
         int32_t n_splits = ceil_div(batch->kv_lengths[task.sequence], MIL_CPU_KV_SPLIT);
         task.split = left % n_splits;
         left /= n_splits;
     }
-    task.kv_head = left % n_kv_heads;
+    task.kv_head = left % n_parts * task.n_kv_heads;
     task.tile =
-        ceil_div(query_length(batch, task.sequence), job->tile_queries) - 1 - left / n_kv_heads;
+        ceil_div(query_length(batch, task.sequence), job->tile_queries) - 1 - left / n_parts;
     return task;
 }
 
@@ -209,6 +218,7 @@ static mil_cpu_attention_tile tile_of(const attention_job *job, const attention_
         .pages = args->slots->page_table +
                  (int64_t)batch->seq_slot[task->sequence] * args->slots->max_pages,
         .n_queries = smaller(length - first, job->tile_queries),
+        .n_kv_heads = task->n_kv_heads,
         .group = job->group,
         .n_visible = batch->kv_lengths[task->sequence] - length + first + 1,
     };
@@ -221,7 +231,8 @@ static void run_whole(const attention_job *job, const attention_task *task,
 {
     mil_cpu_attention_tile tile = tile_of(job, task, &room->scratch);
     const mil_attention_args *args = job->args;
-    int32_t n_rows = tile.n_queries * tile.group, width = width_of(args->kv->head_dim);
+    int32_t n_rows = tile.n_queries * tile.n_kv_heads * tile.group,
+            width = width_of(args->kv->head_dim);
     int32_t first_key = args->window > 0 ? tile.n_visible - args->window : 0;
     int32_t first = first_key > 0 ? first_key / MIL_CPU_KV_SPLIT : 0;
     int32_t last = (tile.n_visible + tile.n_queries - 2) / MIL_CPU_KV_SPLIT;
@@ -307,6 +318,19 @@ static bool should_be_apart(const attention_job *job, int32_t n_threads)
     return has_splits;
 }
 
+/* A page holds its kv heads one after another, so a tile of several reads longer runs. As many as
+ * leave enough tasks. */
+static int32_t pick_tile_kv_heads(const attention_job *job, int32_t n_threads)
+{
+    int32_t n_kv_heads = job->args->kv->n_kv_heads, n = n_kv_heads;
+    if (job->is_apart)
+        return 1;
+    while (n > 1 && (n_kv_heads % n != 0 || n * job->group > max_rows(job->group) ||
+                     (int64_t)job->n_seqs * n_kv_heads / n < 4 * (int64_t)n_threads))
+        n--;
+    return n;
+}
+
 mil_status mil_cpu_attention(mil_context *context, const mil_attention_args *args)
 {
     const mil_kv *kv = args->kv;
@@ -320,6 +344,7 @@ mil_status mil_cpu_attention(mil_context *context, const mil_attention_args *arg
     };
     job.tile_queries = max_rows(job.group) / job.group;
     job.is_apart = should_be_apart(&job, n_threads);
+    job.tile_kv_heads = pick_tile_kv_heads(&job, n_threads);
 
     size_t lists = mil_round_up((2 * (size_t)job.n_seqs + 1) * sizeof(int32_t), MIL_ALIGN);
     job.order = context->workspace;

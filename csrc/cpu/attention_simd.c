@@ -1,19 +1,23 @@
 /* One tile of causal attention over paged KV: FlashAttention-2's online softmax (Dao 2023) on
- * blocks of 64 keys. For a row and a block: c_j = chain over d pairs ascending, odd d first, of q_d
- * k_jd m' = max(m, scale * max of c_j), a = e^(m - m'), p_j = bf16(e^(fma(c_j, scale, -m'))),
- * masked p_j = 0 l = l a + p_j in lane j mod 16; o_d = o_d a, then chain over key pairs ascending,
- * odd first, of p_j v_jd With a softcap c_j is cap * tanh(c_j scale / cap) and scale is 1 from
- * there on. At a split's end l is summed by the tree. All of it is float32; q, k, v, p hold
- * bfloat16 values. p's halves round away from zero, and l sums the rounded p, so that the weights
- * add up to one.
+ * blocks of 64 keys. For a row and a block:
+ *
+ *   c_j = chain over d pairs ascending, odd d first, of q_d k_jd
+ *   m' = max(m, scale * max of c_j), a = e^(m - m')
+ *   p_j = bf16(e^(fma(c_j, scale, -m'))), masked p_j = 0
+ *   l = l a + p_j in lane j mod 16
+ *   o_d = o_d a, then chain over key pairs ascending, odd first, of p_j v_jd
+ *
+ * With a softcap c_j is cap * tanh(c_j scale / cap) and scale is 1 from there on. At a split's end
+ * l is summed by the tree. All of it is float32; q, k, v, p hold bfloat16 values. p's halves round
+ * away from zero, and l sums the rounded p, so that the weights add up to one.
  *
  * A masked key counts as p = 0 and v = 0: rows of a page that no row sees may hold NaN. Skipping a
  * key that a row does not see changes nothing but a zero's sign, which finish() sets.
  *
  * v and o hold each 32 items of a row as 16 even and 16 odd ones: so dwords of a page's row widen
- * by a shift and a mask. Decode reads bytes: the next block is asked for row by row while this one
- * is turned and used, since a burst of prefetches fills the line buffers and stalls (2026-11-23: a
- * block took 2.3 us so, 1.0 us to read and 0.9 us to use). */
+ * by a shift and a mask. Decode reads bytes: what comes next is asked for, into the second cache,
+ * row by row while this is turned and used. A burst of prefetches fills the line buffers and stalls
+ * instead (2026-11-23, bench_attention, one thread: 0.55 of read bandwidth, 0.34 in bursts). */
 #include "cpu/cpu.h"
 #include "cpu/lanes.h"
 
@@ -60,8 +64,8 @@ static key_range seen(const mil_cpu_attention_tile *tile, int32_t first, int32_t
                        clamp(tile->n_visible + last - block, 0, BLOCK)};
 }
 
-/* Where 16 keys each lie: in one page, since pages hold a multiple of 16 rows. next: those of the
- * following block, or this one's where the tile sees none there. */
+/* Where 16 keys each lie: in one page, since pages hold a multiple of 16 rows. next: what is worked
+ * on next, the following kv head or block, or this one where there is none. */
 typedef struct block_rows {
     const uint16_t *k[BLOCK / 16], *v[BLOCK / 16];
     const uint16_t *next_k[BLOCK / 16], *next_v[BLOCK / 16];
@@ -77,13 +81,17 @@ static int64_t offset_of(const mil_cpu_attention_tile *tile, int32_t key)
     return tile->pages[key / P] * tile->page_stride + (int64_t)(key % P) * tile->args->kv->head_dim;
 }
 
-static void find_rows(const mil_cpu_attention_tile *tile, int32_t block, block_rows *rows)
+static void find_rows(const mil_cpu_attention_tile *tile, int32_t block, int32_t kv_head,
+                      block_rows *rows)
 {
+    const mil_kv *kv = tile->args->kv;
+    int64_t head = (int64_t)kv->page_size * kv->head_dim;
     for (int32_t i = 0; i < BLOCK / 16; i++) {
         int64_t offset = offset_of(tile, block + 16 * i);
-        int64_t next = offset_of(tile, block + BLOCK + 16 * i);
-        if (offset < 0)
-            offset = 0;
+        offset = offset < 0 ? 0 : offset + kv_head * head;
+        int64_t next = offset + head;
+        if (kv_head + 1 == tile->n_kv_heads)
+            next = offset_of(tile, block + BLOCK + 16 * i);
         if (next < 0)
             next = offset;
         rows->k[i] = tile->k + offset;
@@ -113,7 +121,7 @@ static mil_lanes load_dwords(const uint16_t *row, int32_t n)
 static void load_queries(const mil_cpu_attention_tile *tile)
 {
     /* The heads of a group lie one after another. */
-    int32_t n = tile->group * tile->args->kv->head_dim;
+    int32_t n = tile->n_kv_heads * tile->group * tile->args->kv->head_dim;
     for (int32_t i = 0; i < tile->n_queries; i++) {
         float *to = tile->scratch.q + (int64_t)i * n * PAIR_ITEMS / 2;
         const uint16_t *from = tile->q + i * tile->ld;
@@ -136,7 +144,7 @@ static void load_16_keys(float *k, const uint16_t *rows, const uint16_t *next, i
         mil_lanes m[MIL_LANES];
 #pragma GCC unroll 16
         for (int32_t i = 0; i < MIL_LANES; i++) {
-            __builtin_prefetch(next + (int64_t)i * D + d);
+            __builtin_prefetch(next + (int64_t)i * D + d, 0, 2);
             m[i] = lanes_load_n((const float *)(const void *)(rows + (int64_t)i * D + d), n_pairs);
         }
         lanes_transpose(m);
@@ -303,8 +311,8 @@ LANES_INLINE void direct_tile(int n_rows, int n_chunks, float *o, const float *p
         for (int c = 0; c < n_chunks; c++) {
             mil_lanes a = load_dwords(row[0] + 32 * c, MIL_LANES);
             mil_lanes b = load_dwords(row[1] + 32 * c, MIL_LANES);
-            __builtin_prefetch(next + 32 * c);
-            __builtin_prefetch(next + D + 32 * c);
+            __builtin_prefetch(next + 32 * c, 0, 2);
+            __builtin_prefetch(next + D + 32 * c, 0, 2);
 #if PAIR_ITEMS == 1
             v[0][2 * c] = lanes_zip_low(a, b);
             v[0][2 * c + 1] = lanes_zip_high(a, b);
@@ -422,6 +430,11 @@ static void raise_maxima(const mil_cpu_attention_tile *tile, const mil_cpu_atten
     }
 }
 
+static int32_t query_of(const mil_cpu_attention_tile *tile, int32_t row)
+{
+    return tile->n_queries == 1 ? 0 : row / tile->group;
+}
+
 /* Whether values come straight from the pages: one group of rows uses them. */
 static bool is_direct(const mil_cpu_attention_tile *tile)
 {
@@ -434,7 +447,7 @@ static void attend_rows(const mil_cpu_attention_tile *tile, const mil_cpu_attent
 {
     const mil_cpu_attention_scratch *scratch = &tile->scratch;
     int32_t D = tile->args->kv->head_dim, width = width_of(D);
-    key_range keys = seen(tile, first / tile->group, (first + n - 1) / tile->group, block);
+    key_range keys = seen(tile, query_of(tile, first), query_of(tile, first + n - 1), block);
     if (keys.begin >= keys.end)
         return;
     int32_t n_vectors = (keys.end + MIL_LANES - 1) / MIL_LANES;
@@ -444,7 +457,7 @@ static void attend_rows(const mil_cpu_attention_tile *tile, const mil_cpu_attent
     float tops[MIL_LANES];
     bool is_blind[TILE_ROWS];
     for (int32_t r = 0; r < n; r++) {
-        int32_t query = (first + r) / tile->group;
+        int32_t query = query_of(tile, first + r);
         float *scores = scratch->scores + r * BLOCK;
         key_range own = seen(tile, query, query, block);
         is_blind[r] = own.begin >= own.end;
@@ -467,7 +480,7 @@ static void attend_rows(const mil_cpu_attention_tile *tile, const mil_cpu_attent
             weigh(scores, n_vectors, scale, part->m[first + r], l);
     }
     if (is_direct(tile)) {
-        add_values_direct(n, part->o, D, scratch->scores, rows, keys);
+        add_values_direct(n, part->o + (int64_t)first * D, D, scratch->scores, rows, keys);
         return;
     }
     int32_t pair = keys.begin / 2, end = (keys.end + 1) / 2;
@@ -475,10 +488,25 @@ static void attend_rows(const mil_cpu_attention_tile *tile, const mil_cpu_attent
                scratch->v + pair * PAIR_ITEMS * width, end - pair);
 }
 
+/* The rows of one kv head against one block. */
+static void attend_block(const mil_cpu_attention_tile *tile, const mil_cpu_attention_part *part,
+                         int32_t kv_head, int32_t block, key_range keys)
+{
+    block_rows rows;
+    find_rows(tile, block, kv_head, &rows);
+    load_keys(tile, &rows, keys);
+    if (!is_direct(tile))
+        load_values(tile, &rows, keys);
+    int32_t n_rows = tile->n_queries * tile->group, begin = kv_head * n_rows;
+    for (int32_t r = 0; r < n_rows; r += TILE_ROWS)
+        attend_rows(tile, part, &rows, begin + r, n_rows - r < TILE_ROWS ? n_rows - r : TILE_ROWS,
+                    block);
+}
+
 static void split(const mil_cpu_attention_tile *tile, int32_t index,
                   const mil_cpu_attention_part *part)
 {
-    int32_t n_rows = tile->n_queries * tile->group;
+    int32_t n_rows = tile->n_queries * tile->n_kv_heads * tile->group;
     int32_t width = width_of(tile->args->kv->head_dim);
     for (int32_t r = 0; r < n_rows; r++)
         part->m[r] = -INFINITY;
@@ -489,14 +517,8 @@ static void split(const mil_cpu_attention_tile *tile, int32_t index,
         key_range keys = seen(tile, 0, tile->n_queries - 1, block);
         if (keys.begin >= keys.end)
             continue;
-        block_rows rows;
-        find_rows(tile, block, &rows);
-        load_keys(tile, &rows, keys);
-        if (!is_direct(tile))
-            load_values(tile, &rows, keys);
-        for (int32_t first = 0; first < n_rows; first += TILE_ROWS)
-            attend_rows(tile, part, &rows, first,
-                        n_rows - first < TILE_ROWS ? n_rows - first : TILE_ROWS, block);
+        for (int32_t head = 0; head < tile->n_kv_heads; head++)
+            attend_block(tile, part, head, block, keys);
     }
     for (int32_t r = 0; r < n_rows; r++)
         part->l[r] = lanes_sum(lanes_load(tile->scratch.lanes + r * MIL_LANES));
@@ -534,8 +556,9 @@ static void merge(const mil_cpu_attention_part *total, const mil_cpu_attention_p
 static void finish(const mil_cpu_attention_tile *tile, const mil_cpu_attention_part *total)
 {
     int32_t D = tile->args->kv->head_dim, width = width_of(D);
-    for (int32_t r = 0; r < tile->n_queries * tile->group; r++) {
-        uint16_t *out = tile->out + (r / tile->group) * tile->ld + (int64_t)(r % tile->group) * D;
+    int32_t n_heads = tile->n_kv_heads * tile->group;
+    for (int32_t r = 0; r < tile->n_queries * n_heads; r++) {
+        uint16_t *out = tile->out + (r / n_heads) * tile->ld + (int64_t)(r % n_heads) * D;
         const float *o = total->o + (int64_t)r * width;
         mil_lanes factor = lanes_set(1.0f / total->l[r]);
         for (int32_t d = 0; d < D; d += 32) {

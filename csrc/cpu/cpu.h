@@ -1,12 +1,13 @@
 /* Inside the CPU room: the kernels of one instruction set, and how an op finds and runs them.
  *
- * A file x.c reads like the formula and splits the work over threads. Where speed needs it, x_simd.c
- * stands beside it: one body that the Makefile compiles once per instruction set, ending in one
- * `const mil_cpu_x_kernels MIL_CPU_NAME(mil_cpu_x_kernels)`. isa.c gathers those into a
+ * A file x.c reads like the formula and splits the work over threads. Where speed needs it,
+ * x_simd.c stands beside it: one body that the Makefile compiles once per instruction set, ending
+ * in one `const mil_cpu_x_kernels MIL_CPU_NAME(mil_cpu_x_kernels)`. isa.c gathers those into a
  * mil_cpu_kernels for each set; backend.c makes a mil_backend of each. All sets give the same bits.
  *
- * To add a kernel file: its struct here, one MIL_CPU_DECLARE line, one member of mil_cpu_kernels, one
- * line of KERNELS in isa.c. To add an op: its prototype under "ops", one line of BACKEND in backend.c. */
+ * To add a kernel file: its struct here, one MIL_CPU_DECLARE line, one member of mil_cpu_kernels,
+ * one line of KERNELS in isa.c. To add an op: its prototype under "ops", one line of BACKEND in
+ * backend.c. */
 #pragma once
 
 #include "base/threads.h"
@@ -37,7 +38,8 @@ typedef enum mil_cpu_isa_id {
     MIL_CPU_N_ISAS,
 } mil_cpu_isa_id;
 
-/* The set that this machine and MILPY_CPU_ISA choose; *available as mil_cpu_isa. Nothing is timed. */
+/* The set that this machine and MILPY_CPU_ISA choose; *available as mil_cpu_isa. Nothing is timed.
+ */
 mil_status mil_cpu_isa_choose(mil_cpu_isa_id *chosen, const char **available) MIL_WARN_UNUSED;
 
 /* ---- products ---- */
@@ -48,8 +50,9 @@ mil_status mil_cpu_isa_choose(mil_cpu_isa_id *chosen, const char **available) MI
 #define MIL_CPU_MAX_TILE_ROWS 16
 
 /* One tile: y[m, 0 .. width) = chain over n_pairs pairs, starting from 0 or (resume) from y itself.
- * x: rows of one block as pack_x lays them out. panel: [n_pairs][width][2] bf16. prefetch: memory that
- * will be wanted soon, prefetch_step bytes (0 .. 128) of it for each pair; any address will do. */
+ * x: rows of one block as pack_x lays them out. panel: [n_pairs][width][2] bf16. prefetch: memory
+ * that will be wanted soon, prefetch_step bytes (0 .. 128) of it for each pair; any address will
+ * do. */
 typedef void (*mil_cpu_tile_fn)(float *y, int64_t ldy, const void *x, const uint16_t *panel,
                                 int32_t n_pairs, bool resume, const void *prefetch,
                                 int64_t prefetch_step);
@@ -69,8 +72,8 @@ MIL_CPU_DECLARE(mil_cpu_linear_kernels, mil_cpu_linear_kernels);
 
 typedef struct mil_cpu_lora_kernels {
     /* y[rows[i], 0 .. width) += chain over r ascending of v[i, r] * b, for n_rows <=
-     * MIL_CPU_EXPAND_ROWS rows and n_panels panels of B ([padded_rank/2][16][2] bf16 each, one after
-     * another). Panel j adds to columns j * y_step ...; the last one is last_width wide. */
+     * MIL_CPU_EXPAND_ROWS rows and n_panels panels of B ([padded_rank/2][16][2] bf16 each, one
+     * after another). Panel j adds to columns j * y_step ...; the last one is last_width wide. */
     void (*expand)(float *y, int64_t ldy, const int32_t *rows, int32_t n_rows, const float *v,
                    int64_t v_stride, const uint16_t *b, int32_t n_panels, int32_t padded_rank,
                    int64_t y_step, int32_t last_width);
@@ -79,7 +82,8 @@ MIL_CPU_DECLARE(mil_cpu_lora_kernels, mil_cpu_lora_kernels);
 
 typedef struct mil_cpu_pack_kernels {
     /* n_rows <= 16 rows of n items (src_stride apart) into one panel of `width` columns from column
-     * `column` of it on; pair i at panel + i * width * 2. An odd n leaves the pair's second item. */
+     * `column` of it on; pair i at panel + i * width * 2. An odd n leaves the pair's second item.
+     */
     void (*rows)(uint16_t *panel, int32_t width, int32_t column, const void *src, mil_dtype dtype,
                  int64_t src_stride, int32_t n_rows, int32_t n);
 } mil_cpu_pack_kernels;
@@ -108,15 +112,15 @@ typedef struct mil_cpu_act_kernels {
 } mil_cpu_act_kernels;
 MIL_CPU_DECLARE(mil_cpu_act_kernels, mil_cpu_act_kernels);
 
-/* Lengths, in keys, that attention's results depend on: softmax goes block by block, a long KV is cut
- * into splits that are merged in order. Both lie at absolute multiples. */
+/* Lengths, in keys, that attention's results depend on: softmax goes block by block, a long KV is
+ * cut into splits that are merged in order. Both lie at absolute multiples. */
 #define MIL_CPU_KV_BLOCK 64
 #define MIL_CPU_KV_SPLIT 1024
-/* Rows (queries x heads of a group) of one tile at most, but for a larger group: enough that turning a
- * block of keys costs little beside using it. */
+/* Rows (queries x heads of a group) of one tile at most, but for a larger group: enough that
+ * turning a block of keys costs little beside using it. */
 #define MIL_CPU_ATTENTION_ROWS 126
 
-/* One thread's scratch for attention. width: head_dim rounded up to 16. */
+/* One thread's scratch for attention. width: head_dim rounded up to 32. */
 typedef struct mil_cpu_attention_scratch {
     float *q;      /* [rows][head_dim] */
     float *k;      /* [head_dim][64]: a block, transposed */
@@ -132,8 +136,9 @@ typedef struct mil_cpu_attention_part {
     float *o; /* [rows][width] */
 } mil_cpu_attention_part;
 
-/* Consecutive queries of one sequence, for the query heads that share one kv head. Row r is query
- * r / group, head r % group; query i sees keys [max(0, n_visible + i - window), n_visible + i). */
+/* Consecutive queries of one sequence for the query heads of one kv head, or one query for those of
+ * several kv heads. Rows go by query, then head. Query i sees keys [max(0, n_visible + i - window),
+ * n_visible + i). */
 typedef struct mil_cpu_attention_tile {
     const mil_attention_args *args;
     mil_cpu_attention_scratch scratch;
@@ -143,9 +148,10 @@ typedef struct mil_cpu_attention_tile {
     const uint16_t *k; /* of the layer and kv head; a page is page_stride further */
     const uint16_t *v;
     int64_t page_stride;
-    const int32_t *pages; /* of the sequence */
-    int32_t n_queries, group;
-    int32_t n_visible; /* keys that the first query sees, were there no window */
+    const int32_t *pages;          /* of the sequence */
+    int32_t n_queries, n_kv_heads; /* one of them is 1 */
+    int32_t group;                 /* query heads of a kv head */
+    int32_t n_visible;             /* keys that the first query sees, were there no window */
 } mil_cpu_attention_tile;
 
 typedef struct mil_cpu_attention_kernels {
@@ -201,8 +207,8 @@ static inline const mil_cpu_kernels *mil_cpu_kernels_of(const mil_context *conte
 
 /* Run fn on every thread of the context's pool; on the caller alone where there is none. */
 void mil_cpu_run(const mil_context *context, mil_task_fn fn, void *argument);
-/* As mil_cpu_run, but on the caller alone (n_threads 1) where n_elements, of work of about a nanosecond
- * for four, are not worth waking a thread. */
+/* As mil_cpu_run, but on the caller alone (n_threads 1) where n_elements, of work of about a
+ * nanosecond for four, are not worth waking a thread. */
 void mil_cpu_run_sized(const mil_context *context, mil_task_fn fn, void *argument,
                        int64_t n_elements);
 /* Inside such a task: wait for every thread. */
@@ -219,7 +225,8 @@ static inline void mil_cpu_share(int64_t n, int32_t thread, int32_t n_threads, i
 
 /* ---- ops ---- */
 
-/* Packing slots get no context, so each instruction set has its own: mil_cpu_pack_avx2 and so on. */
+/* Packing slots get no context, so each instruction set has its own: mil_cpu_pack_avx2 and so on.
+ */
 #define MIL_CPU_DECLARE_PACK(isa)                                                                  \
     void mil_cpu_pack_##isa(mil_weight *weight, int32_t part, int32_t row, int32_t n_rows,         \
                             const void *src, mil_dtype dtype, int64_t src_stride);                 \

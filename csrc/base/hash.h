@@ -1,7 +1,7 @@
 /* Counter hashes: pure integer functions of their arguments, the same on every device.
  *
- * The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
- * generators", OOPSLA 2014). Used for dummy weights and for sampling; not for security. */
+ * The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom
+ * number generators", OOPSLA 2014). Used for dummy weights and for sampling; not for security. */
 #pragma once
 
 #include <stdint.h>

@@ -11,7 +11,8 @@ static atomic_uint_fast64_t n_calls;
 static atomic_size_t held_bytes;
 static atomic_uint_fast64_t fail_countdown;
 
-/* Room for the size, so that mil_free can account for it, on a line of its own to keep alignment. */
+/* Room for the size, so that mil_free can account for it, on a line of its own to keep alignment.
+ */
 #define HEADER_BYTES ((size_t)64)
 #define HUGE_PAGE_BYTES ((size_t)2 << 20)
 #define PAGE_BYTES ((size_t)4096)

@@ -14,8 +14,9 @@
 extern "C" {
 #endif
 
-/* Zeroed memory for n items of item_bytes, alignment 64; NULL (and no message) when there is none or
- * the product overflows. Caller frees with mil_free. n * item_bytes == 0 gives a valid pointer. */
+/* Zeroed memory for n items of item_bytes, alignment 64; NULL (and no message) when there is none
+ * or the product overflows. Caller frees with mil_free. n * item_bytes == 0 gives a valid pointer.
+ */
 void *mil_alloc(size_t n, size_t item_bytes);
 /* Free what mil_alloc gave; NULL is fine. */
 void mil_free(void *memory);
@@ -30,7 +31,8 @@ typedef struct mil_slab {
     size_t n_bytes;
 } mil_slab;
 
-/* Take n_bytes (> 0) from the kernel. On failure *slab is zeroed; the message gives what and bytes. */
+/* Take n_bytes (> 0) from the kernel. On failure *slab is zeroed; the message gives what and bytes.
+ */
 mil_status mil_slab_init(mil_slab *slab, size_t n_bytes, const char *what) MIL_WARN_UNUSED;
 /* Give the block back and zero the struct; a zeroed struct is fine. */
 void mil_slab_deinit(mil_slab *slab);
@@ -65,7 +67,8 @@ static inline size_t mil_round_up(size_t value, size_t multiple)
 uint64_t mil_memory_calls(void);
 /* Bytes now held through mil_alloc and mil_slab_init. */
 size_t mil_memory_held_bytes(void);
-/* Make the k-th allocation from now fail (1 = the next), once; 0 turns it off. All threads count. */
+/* Make the k-th allocation from now fail (1 = the next), once; 0 turns it off. All threads count.
+ */
 void mil_memory_fail_at(uint64_t k);
 
 #ifdef __cplusplus

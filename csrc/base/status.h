@@ -1,8 +1,8 @@
 /* Status codes and the one error idiom of milpy's C core.
  *
- * A function that can fail returns mil_status. The message is written once, where the facts are, into
- * a per-thread buffer (as libgit2's giterr_last does); callers propagate with MIL_TRY. A worker thread
- * that fails copies its message into the job it failed. */
+ * A function that can fail returns mil_status. The message is written once, where the facts are,
+ * into a per-thread buffer (as libgit2's giterr_last does); callers propagate with MIL_TRY. A
+ * worker thread that fails copies its message into the job it failed. */
 #pragma once
 
 #ifdef __cplusplus
@@ -30,7 +30,8 @@ typedef enum mil_status {
 mil_status mil_fail(mil_status code, const char *format, ...)
     __attribute__((format(printf, 2, 3), cold));
 
-/* The message of the last mil_fail on this thread; "" if there was none. Valid until the next one. */
+/* The message of the last mil_fail on this thread; "" if there was none. Valid until the next one.
+ */
 const char *mil_status_message(void);
 
 /* "MIL_ERR_SHAPE" and so on; never NULL. */

@@ -1,11 +1,11 @@
 /* The contract between layers and a backend: one const table of ops, one of device calls.
  *
- * cpu/ and kernels/ implement this header and nobody includes them. Kernels trust their arguments;
- * ops.h checks those that come from outside. Plain ops each have a twin and a test. A composed slot
- * may be NULL: ops.c then composes it from plain ones with the same result.
+ * cpu/ and kernels/ implement this header and nobody includes them. Ops trust their arguments:
+ * layers make those, and mil_plan_check sees a plan's indices. Plain ops each have a test. A
+ * composed slot may be NULL: ops.c then composes it from plain ones with the same result.
  *
- * Buffers are 64-byte aligned and do not overlap unless said. Every op runs on the rank's stream, in
- * order, reads counts from the batch, and allocates nothing. */
+ * Buffers are 64-byte aligned and do not overlap unless said. Every op runs on the rank's stream,
+ * in order, reads counts from the batch, and allocates nothing. */
 #pragma once
 
 #include "base/memory.h"
@@ -19,7 +19,8 @@ extern "C" {
 struct mil_backend;
 struct mil_pool;
 
-/* What an op runs on: one rank's device state. Workspace is the op's to scribble on while it runs. */
+/* What an op runs on: one rank's device state. Workspace is the op's to scribble on while it runs.
+ */
 typedef struct mil_context {
     const struct mil_backend *backend;
     struct mil_pool *pool; /* CPU */
@@ -38,8 +39,8 @@ typedef struct mil_embed_args {
     float scale; /* 1 */
 } mil_embed_args;
 
-/* x += residual (where given), then out = x / sqrt(mean(x^2) + eps) * (weight_offset + weight), rounded
- * to bfloat16 once. RMSNorm: Zhang and Sennrich 2019. */
+/* x += residual (where given), then out = x / sqrt(mean(x^2) + eps) * (weight_offset + weight),
+ * rounded to bfloat16 once. RMSNorm: Zhang and Sennrich 2019. */
 typedef struct mil_norm_args {
     uint16_t *out;         /* [rows, H] bf16; NULL: only add */
     float *x;              /* [T, H], updated where residual is given */
@@ -63,9 +64,9 @@ typedef struct mil_linear_args {
     int64_t ldx; /* >= K */
 } mil_linear_args;
 
-/* LoRA of one linear, over the batch's segments. v: [n_lora_rows, v_stride] float32, row i belongs to
- * lora_rows[i]; part p of the weight uses v[i, p * v_part_stride ...]. v_part_stride >= the largest
- * padded_rank in use, v_stride >= n_parts * v_part_stride. */
+/* LoRA of one linear, over the batch's segments. v: [n_lora_rows, v_stride] float32, row i belongs
+ * to lora_rows[i]; part p of the weight uses v[i, p * v_part_stride ...]. v_part_stride >= the
+ * largest padded_rank in use, v_stride >= n_parts * v_part_stride. */
 typedef struct mil_lora_args {
     const mil_batch *batch;
     const mil_lora_table *table;
@@ -77,7 +78,8 @@ typedef struct mil_lora_args {
     int64_t v_part_stride;
 } mil_lora_args;
 
-/* v = scale * (x A^T) for each segment: the product's chain, then one multiply by the scale in fp32. */
+/* v = scale * (x A^T) for each segment: the product's chain, then one multiply by the scale in
+ * fp32. */
 typedef struct mil_lora_shrink_args {
     mil_lora_args lora;
     const uint16_t *x; /* [T, ldx] bf16 */
@@ -96,8 +98,8 @@ typedef struct mil_lora_expand_args {
 /* Split qkv, rotate q and k by position, write q as bfloat16 and k, v into pages.
  * RoPE: Su et al. 2021, halves as Hugging Face lays them out (pairs d, d + rotary_dim / 2). */
 typedef struct mil_rope_write_args {
-    uint16_t *q;           /* [T, N * D] bf16 */
-    const float *qkv;      /* [T, (N + 2 K) * D], q then k then v */
+    uint16_t *q;            /* [T, N * D] bf16 */
+    const float *qkv;       /* [T, (N + 2 K) * D], q then k then v */
     const float *cos_table; /* [max_position, rotary_dim / 2] */
     const float *sin_table;
     const mil_batch *batch;
@@ -136,18 +138,20 @@ typedef struct mil_act_args {
     mil_activation kind;
 } mil_act_args;
 
-/* The token of a row whose logits hold a NaN or no finite maximum: the request ends with an error. */
+/* The token of a row whose logits hold a NaN or no finite maximum: the request ends with an error.
+ */
 #define MIL_TOKEN_NUMERICS (-1)
 
 /* Choose a token for each row. Greedy and ties: the lowest id. Temperature, then top-k, then top-p
- * (the smallest set of best tokens whose probability reaches top_p, at least one), then one draw. */
+ * (the smallest set of best tokens whose probability reaches top_p, at least one), then one draw.
+ */
 typedef struct mil_sample_args {
-    mil_sample *out;         /* [n_rows] */
-    float *logits;           /* [n_rows, ld]; kept */
-    const int32_t *slots_of; /* [n_rows] slots, for the parameters */
+    mil_sample *out;          /* [n_rows] */
+    float *logits;            /* [n_rows, ld]; kept */
+    const int32_t *slots_of;  /* [n_rows] slots, for the parameters */
     const int32_t *positions; /* [n_rows] position of the token being chosen: the draw's counter */
-    const int32_t *feeds;    /* [n_rows] as mil_batch.logit_feeds */
-    mil_slots *slots;        /* last_token is written where feeds */
+    const int32_t *feeds;     /* [n_rows] as mil_batch.logit_feeds */
+    mil_slots *slots;         /* last_token is written where feeds */
     int32_t n_rows;
     int32_t vocab;
     int64_t ld;
@@ -169,7 +173,8 @@ typedef struct mil_device {
     mil_status (*copy_in)(mil_context *context, void *device, const void *host, size_t n_bytes);
     mil_status (*copy_out)(mil_context *context, void *host, const void *device, size_t n_bytes);
     mil_status (*synchronize)(mil_context *context);
-    /* Events, streams and graphs come with the CUDA backend; NULL on the CPU, whose queue is one. */
+    /* Events, streams and graphs come with the CUDA backend; NULL on the CPU, whose queue is one.
+     */
 } mil_device;
 
 typedef struct mil_backend {
@@ -178,14 +183,14 @@ typedef struct mil_backend {
     int32_t default_page_size;
     int32_t lora_rank_multiple; /* 16 on the CPU */
     int32_t gate_up_interleave; /* how this backend wants gate and up merged: 16 on the CPU */
-    const void *kernels;        /* the backend's own: what its ops run on (CPU: one instruction set) */
+    const void *kernels; /* the backend's own: what its ops run on (CPU: one instruction set) */
 
     /* ---- weights ---- */
     size_t (*packed_bytes)(int32_t N, int32_t K);
-    /* Pack n_rows whole rows (all K of this rank) of one part, from row `row` of it on. src row i at
-     * src + i * src_stride elements of dtype; F16 and F32 are rounded to bf16. Thread-safe for
-     * disjoint rows of one weight that fall in different groups of 32 packed rows or not. Padding rows
-     * and columns are zero because slabs come zeroed. */
+    /* Pack n_rows whole rows (all K of this rank) of one part, from row `row` of it on. src row i
+     * at src + i * src_stride elements of dtype; F16 and F32 are rounded to bf16. Thread-safe for
+     * disjoint rows of one weight that fall in different groups of 32 packed rows or not. Padding
+     * rows and columns are zero because slabs come zeroed. */
     void (*pack)(mil_weight *weight, int32_t part, int32_t row, int32_t n_rows, const void *src,
                  mil_dtype dtype, int64_t src_stride);
     size_t (*lora_a_bytes)(int32_t rank, int32_t in);
@@ -215,11 +220,12 @@ typedef struct mil_backend {
                               const mil_act_args *);
 } mil_backend;
 
-/* The table for "cpu" (later "cuda"), NULL for an unknown name. Chooses the instruction set once. */
+/* The table for "cpu" (later "cuda"), NULL for an unknown name. Chooses the instruction set once.
+ */
 const mil_backend *mil_backend_find(const char *device);
 
-/* Instruction sets: the one in use, and all that run here, best first, space-separated. MIL_ERR_ARGUMENT
- * when MILPY_CPU_ISA names one that is unknown or that this machine lacks. */
+/* Instruction sets: the one in use, and all that run here, best first, space-separated.
+ * MIL_ERR_ARGUMENT when MILPY_CPU_ISA names one that is unknown or that this machine lacks. */
 mil_status mil_cpu_isa(const char **in_use, const char **available) MIL_WARN_UNUSED;
 
 #ifdef __cplusplus

@@ -1,7 +1,7 @@
 /* Adapter descriptors: where the packed A and B of each (adapter slot, layer, projection) lie.
  *
- * A row of a batch has at most one adapter. Ranks are exact, padded to the backend's panel only, never
- * to a global maximum; rank 0 means that the adapter does not touch the module. */
+ * A row of a batch has at most one adapter. Ranks are exact, padded to the backend's panel only,
+ * never to a global maximum; rank 0 means that the adapter does not touch the module. */
 #pragma once
 
 #include "ops/tensor.h"
@@ -16,8 +16,9 @@ typedef struct mil_lora_module {
     int32_t in;          /* columns of A of this rank (row-parallel: its slice) */
     int32_t out;         /* rows of B of this rank (column-parallel: its slice) */
     float scale;         /* multiplies v in fp32 */
-    const void *a;       /* packed by backend->lora_pack_a; CPU: [padded_rank/16][in/2][16][2] bf16 */
-    const void *b;       /* packed by backend->lora_pack_b; CPU: [ceil(out/16)][padded_rank/2][16][2] bf16 */
+    const void *a; /* packed by backend->lora_pack_a; CPU: [padded_rank/16][in/2][16][2] bf16 */
+    const void
+        *b; /* packed by backend->lora_pack_b; CPU: [ceil(out/16)][padded_rank/2][16][2] bf16 */
 } mil_lora_module;
 
 /* One rank's table. modules[(slot * n_layers + layer) * MIL_N_PROJECTIONS + projection]. */

@@ -69,7 +69,8 @@ void mil_plan_reset(mil_plan *plan, const mil_plan_limits *limits, uint64_t step
 
 /* ---- check ---- */
 
-static mil_status in_range(const char *what, int32_t index, int32_t value, int32_t low, int32_t high)
+static mil_status in_range(const char *what, int32_t index, int32_t value, int32_t low,
+                           int32_t high)
 {
     if (value < low || value >= high)
         return mil_fail(MIL_ERR_INTERNAL, "plan: %s[%d] is %d, expected %d..%d", what, index, value,
@@ -80,7 +81,8 @@ static mil_status in_range(const char *what, int32_t index, int32_t value, int32
 static mil_status check_counts(const mil_plan_header *header)
 {
     const mil_plan_limits *limits = &header->limits;
-    MIL_TRY(in_range("n_adapter_sets", 0, header->n_adapter_sets, 0, limits->max_adapter_slots + 1));
+    MIL_TRY(
+        in_range("n_adapter_sets", 0, header->n_adapter_sets, 0, limits->max_adapter_slots + 1));
     MIL_TRY(in_range("n_slot_sets", 0, header->n_slot_sets, 0, limits->max_seqs + 1));
     MIL_TRY(in_range("n_page_sets", 0, header->n_page_sets, 0, limits->max_page_sets + 1));
     MIL_TRY(in_range("n_seqs", 0, header->n_seqs, 0, limits->max_seqs + 1));

@@ -1,16 +1,17 @@
 /* What one step does: a contiguous buffer without pointers, and the view of it that ops read.
  *
- * The scheduler (or the stepper) fills a plan; every rank gets the same bytes, by one copy; a backend
- * reads it in place. Arrays lie at offsets fixed by the limits, so that a plan of given limits always
- * has the same shape: what shapes a launch (bucket sizes) is apart from the counts read on the device.
+ * The scheduler (or the stepper) fills a plan; every rank gets the same bytes, by one copy; a
+ * backend reads it in place. Arrays lie at offsets fixed by the limits, so that a plan of given
+ * limits always has the same shape: what shapes a launch (bucket sizes) is apart from the counts
+ * read on the device.
  *
- * Commands come first and are applied, in array order, before the batch is read: adapter slots, then
- * sequence slots, then page-table entries. A page, slot or adapter named by a plan may be reused only
- * after the last step that names it has retired.
+ * Commands come first and are applied, in array order, before the batch is read: adapter slots,
+ * then sequence slots, then page-table entries. A page, slot or adapter named by a plan may be
+ * reused only after the last step that names it has retired.
  *
- * Batch order: decode rows (query length 1, token taken from the slot) first, then chunks, whose token
- * ids are in the plan. Query i of sequence s sees keys < kv_lengths[s] - query_length + i + 1. A
- * padding sequence has query length 0 and kv length 0 and writes nothing. */
+ * Batch order: decode rows (query length 1, token taken from the slot) first, then chunks, whose
+ * token ids are in the plan. Query i of sequence s sees keys < kv_lengths[s] - query_length + i
+ * + 1. A padding sequence has query length 0 and kv length 0 and writes nothing. */
 #pragma once
 
 #include "ops/lora.h"
@@ -51,12 +52,12 @@ typedef struct mil_plan_header {
     mil_plan_limits limits;
     /* Counts, read where the work is done. */
     int32_t n_adapter_sets, n_slot_sets, n_page_sets;
-    int32_t n_seqs;         /* S, decode rows first */
-    int32_t n_decode;       /* of them, decode rows */
-    int32_t n_tokens;       /* T = query_indptr[S] */
+    int32_t n_seqs;   /* S, decode rows first */
+    int32_t n_decode; /* of them, decode rows */
+    int32_t n_tokens; /* T = query_indptr[S] */
     int32_t n_logit_rows;
-    int32_t n_segments;     /* G */
-    int32_t n_lora_rows;    /* segment_indptr[G] */
+    int32_t n_segments;  /* G */
+    int32_t n_lora_rows; /* segment_indptr[G] */
     /* Buckets, which shape launches: >= the counts. */
     int32_t bucket_seqs, bucket_tokens;
 } mil_plan_header;
@@ -77,14 +78,15 @@ typedef struct mil_batch {
     int32_t *positions;            /* [T], for RoPE only */
     int32_t *logit_rows;           /* [n_logit_rows], ascending rows of T whose logits are wanted */
     int32_t *logit_slots;          /* [n_logit_rows], the slot that samples there */
-    int32_t *logit_feeds;          /* [n_logit_rows], 1: the sampled token becomes the slot's last token */
-    int32_t *segment_indptr;       /* [G + 1], into lora_rows */
-    int32_t *segment_adapter;      /* [G], adapter slots, each once */
-    int32_t *lora_rows;            /* [n_lora_rows], rows of T; base rows are in no segment */
+    int32_t *logit_feeds; /* [n_logit_rows], 1: the sampled token becomes the slot's last token */
+    int32_t *segment_indptr;  /* [G + 1], into lora_rows */
+    int32_t *segment_adapter; /* [G], adapter slots, each once */
+    int32_t *lora_rows;       /* [n_lora_rows], rows of T; base rows are in no segment */
 } mil_batch;
 
 size_t mil_plan_bytes(const mil_plan_limits *limits);
-/* Zero the counts, set limits, step and buckets (to the limits). plan: mil_plan_bytes, 64-aligned. */
+/* Zero the counts, set limits, step and buckets (to the limits). plan: mil_plan_bytes, 64-aligned.
+ */
 void mil_plan_reset(mil_plan *plan, const mil_plan_limits *limits, uint64_t step);
 void mil_plan_view(mil_plan *plan, mil_batch *batch);
 /* Every index of the plan against the limits and n_pages; MIL_ERR_INTERNAL names the first bad one.
@@ -108,7 +110,7 @@ typedef struct mil_kv {
     uint16_t *v;
     int64_t layer_elements; /* n_pages * K * P * D */
     int32_t n_pages;
-    int32_t page_size; /* P */
+    int32_t page_size;  /* P */
     int32_t n_kv_heads; /* K of this rank */
     int32_t head_dim;
 } mil_kv;

@@ -4,8 +4,8 @@
  *   D head dim                F ffn width      V vocabulary       P page rows     L layers
  *   R LoRA rank               G LoRA segments
  *
- * In linear.c and weight.h, N and K are also the rows and columns of one weight, M its input rows, as
- * the field writes GEMM. Residual stream, product results, LoRA's v and logits are float32;
+ * In linear.c and weight.h, N and K are also the rows and columns of one weight, M its input rows,
+ * as the field writes GEMM. Residual stream, product results, LoRA's v and logits are float32;
  * activations that enter a product, K and V are bfloat16. docs/numerics.md lists every rounding. */
 #pragma once
 

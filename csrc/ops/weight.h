@@ -25,8 +25,9 @@ typedef struct mil_weight {
     int32_t K; /* columns of this rank */
     int32_t n_parts;
     int32_t part_rows[MIL_MAX_PARTS];
-    int32_t interleave; /* 0: parts one after another; else all parts have equal rows, multiples of it */
-    void *data;         /* packed_bytes of the backend; owned by the rank's weight slab */
+    int32_t interleave;  /* 0: parts one after another; else all parts have equal rows, multiples of
+                            it */
+    void *data;          /* packed_bytes of the backend; owned by the rank's weight slab */
     const float *scales; /* later formats; NULL */
     const void *zeros;   /* later formats; NULL */
     int32_t group;       /* later formats; 0 */

@@ -191,7 +191,9 @@ class _Chat:
         self._params = params
         self._start = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._start)
-        self._adapter = adapter
+        self._adapter: str | None = None
+        if adapter is not None:
+            self._use(adapter)
 
     def run(self) -> int:
         from milpy.errors import RequestError
@@ -217,10 +219,14 @@ class _Chat:
         elif line == "/base":
             self._adapter = None
         elif line.startswith("/adapter "):
-            self._adapter = line.split(maxsplit=1)[1]
+            self._use(line.split(maxsplit=1)[1])
         else:
             return False
         return True
+
+    def _use(self, name: str) -> None:
+        self._llm.check_adapter(name)
+        self._adapter = name
 
     def _answer(self, line: str) -> None:
         messages = [*self._messages, {"role": "user", "content": line}]
@@ -255,14 +261,19 @@ def _prompts(arguments: argparse.Namespace) -> list[PromptType]:
 
 
 def _open(arguments: argparse.Namespace) -> LLM:
+    from milpy.errors import RequestError
     from milpy.llm import LLM
 
     names = """load_format tensor_parallel_size max_model_len max_num_seqs max_num_batched_tokens
         kv_cache_bytes page_size n_threads tokenizer revision""".split()
     options = {name: getattr(arguments, name) for name in names}
+    adapters = dict(arguments.adapter)
+    if len(adapters) < len(arguments.adapter):
+        given = ", ".join(name for name, _ in arguments.adapter)
+        raise RequestError(f"--adapter names {given}, expected each name once")
     return LLM(
         arguments.model,
-        adapters=dict(arguments.adapter),
+        adapters=adapters,
         progress=not arguments.quiet,
         **options,
     )

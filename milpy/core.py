@@ -248,7 +248,7 @@ class Core:
                 stop_tokens=stops,
                 adapter=adapter,
                 temperature=params.temperature,
-                top_k=params.top_k,
+                top_k=min(params.top_k, self.config.vocab_size),  # more than all is all
                 top_p=params.top_p,
                 n_logprobs=-1 if params.logprobs is None else params.logprobs,
                 seed=secrets.randbits(64) if params.seed is None else params.seed,

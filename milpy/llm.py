@@ -201,6 +201,10 @@ class LLM:
         self._core.check_alive()
         self._core.adapters.unload(name)
 
+    def check_adapter(self, name: str) -> None:
+        """RequestError, with the names there are, unless `name` is loaded."""
+        self._core.adapters.check(name)
+
     # ---- the rest ----
 
     def get_tokenizer(self) -> Tokenizer:

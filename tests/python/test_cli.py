@@ -108,6 +108,11 @@ def test_generate_without_a_tokenizer_prints_ids(model: Path, tmp_path: Path) ->
         (["MODEL", "--prompt-ids", "9999"], 1, "token 0 is 9999, expected an id"),
         (["MODEL", "--prompt", "x", "--top-p", "nan"], 1, "top_p is NaN, expected"),
         (["MODEL", "--prompt", "x", "--adapter", "a"], 2, "'a' is not NAME=PATH"),
+        (
+            ["MODEL", "--prompt", "x", *["--adapter", "a=/b"] * 2],
+            1,
+            "a, a, expected each name once",
+        ),
         (["MODEL", "--prompt", "x", "--load-format", "pt"], 2, "invalid choice"),
     ],
 )
@@ -164,7 +169,7 @@ def test_chat_keeps_the_conversation_and_changes_voices(folders: Path, llm: LLM)
     result = run(
         "chat", folders / "model", "--quiet", "--adapter", f"a={folders / 'a'}",
         "--max-tokens", 6, "--ignore-eos",
-        text="hello\n/adapter a\nworld\n/adapter zz\nx\n/reset\n/exit\n",
+        text="hello\n/adapter a\nworld\n/adapter zz\n/reset\n/exit\n",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -178,6 +183,12 @@ def test_chat_keeps_the_conversation_and_changes_voices(folders: Path, llm: LLM)
     assert f"base> {first}\n" in result.stdout
     assert f"a> {second}\n" in result.stdout
     assert 'adapter is "zz", expected one of "a"' in result.stderr
+
+
+def test_chat_begins_with_no_adapter_that_is_not_there(model: Path) -> None:
+    result = run("chat", model, "--use", "zz", text="hello\n")
+    assert result.returncode == 1 and result.stdout == ""
+    assert 'adapter is "zz", expected one of none: no adapter is loaded' in result.stderr
 
 
 def test_chat_without_a_template_says_so(folders: Path, tmp_path: Path) -> None:

@@ -109,6 +109,12 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(llm: LLM) -> None:
     assert tokens(llm.generate([PROMPTS[0]], other)[0]) != tokens(alone)
 
 
+def test_top_k_above_the_vocabulary_is_all_of_it(llm: LLM) -> None:
+    every, more = (SamplingParams(max_tokens=20, seed=1, top_k=k) for k in (VOCAB, 1 << 30))
+    a, b = llm.generate([PROMPTS[0]] * 2, [every, more], use_tqdm=False)
+    assert tokens(a) == tokens(b)
+
+
 def test_without_a_seed_each_request_draws_its_own(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, max_tokens=16, ignore_eos=True)
     found = {tuple(tokens(o)) for o in llm.generate([[1, 2, 3]] * 8, params, use_tqdm=False)}

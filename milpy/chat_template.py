@@ -1,21 +1,22 @@
-"""Chat templates: programs in a model's folder, run in jinja2's immutable sandbox.
+"""Chat templates: programs in a model's folder, run in a process of their own.
 
-This is the only file that imports jinja2, and it is imported only when somebody chats. No template
-ever comes with a request. The sandbox is one layer: sizes and time are capped, operators that make
-much out of little are refused, and a template sees plain values alone.
+What is read here is the template and the messages; template_process.py holds jinja2's immutable
+sandbox and the bounds on time and memory. The process is started when somebody chats, once for a
+model, and ends with it. No template ever comes with a request.
 """
 
 from __future__ import annotations
 
 import json
-import time
+import signal
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from os.path import exists
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
-
-from jinja2 import Template, TemplateError, exceptions, ext, sandbox
+from typing import Any, TypeAlias
 
 from milpy.errors import MilpyError, RequestError, TokenizerError
 from milpy.files import read_whole
@@ -26,55 +27,125 @@ CONFIG_FILE = "tokenizer_config.json"
 
 MAX_TEMPLATE_BYTES = 256 << 10
 MAX_MESSAGE_DEPTH = 16
-MAX_RENDERED = 1 << 20  # characters beyond those of the messages
-MAX_RENDER_SECONDS = 1.0
+MAX_RENDER_SECONDS = 1.0  # of the process's own time, whatever else the machine does
 
 PROBE = ({"role": "user", "content": "Hello"},)
 
 Message: TypeAlias = Mapping[str, Any]
 
+# By the parent's own sys.path, so that both find the same jinja2.
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from milpy.template_process import main; main(float(sys.argv[2]))"
+)
+
 
 class ChatTemplate:
-    """A folder's template, compiled, and rendered once on a probe before it is trusted."""
+    """A folder's template, compiled, and rendered once on a probe before it is trusted.
+
+    Safe to use from several threads, one conversation at a time.
+    """
 
     def __init__(
         self, folder: Path, config: Mapping[str, Json], special_tokens: Mapping[str, str]
     ) -> None:
-        source, where = _source(folder, config)
+        source, self._where = _source(folder, config)
         # transformers passes these two as well, and templates ask whether they are none.
-        self._values: dict[str, object] = {**special_tokens, "tools": None, "documents": None}
-        try:
-            self._template: Template = _environment().from_string(source)
-        except (TemplateError, RecursionError) as problem:
-            raise TokenizerError(f"{where}: chat template: {problem}") from problem
-        self._generate(_check_messages(PROBE), True, TokenizerError)
+        values = {**special_tokens, "tools": None, "documents": None}
+        self._first = {
+            "template": source,
+            "values": values,
+            "messages": _check_messages(PROBE),
+            "add_generation_prompt": True,
+        }
+        self._lock = threading.Lock()
+        self._process: _Process | None = None
+        self._stop: Callable[[], object] = lambda: None
+        with self._lock:
+            self._start()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as text. RequestError where messages do not suit the template."""
-        return self._generate(_check_messages(messages), add_generation_prompt, RequestError)
+        request = {
+            "messages": _check_messages(messages),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        with self._lock:
+            process = self._process or self._start()
+            return self._ask(process, request, RequestError)
 
-    def _generate(
-        self, messages: list[Json], add_generation_prompt: bool, error: type[MilpyError]
-    ) -> str:
-        limit = MAX_RENDERED + 4 * len(json.dumps(messages))
-        deadline = time.monotonic() + MAX_RENDER_SECONDS
-        parts: list[str] = []
-        n_characters = 0
+    def _start(self) -> _Process:
+        process = self._process = _Process()
+        self._stop = weakref.finalize(self, process.stop)
+        self._ask(process, self._first, TokenizerError)
+        return process
+
+    def _drop(self) -> None:
+        self._process = None
+        self._stop()
+
+    def _ask(self, process: _Process, request: object, error: type[MilpyError]) -> str:
+        # Whoever sends a conversation need not know where the model lies.
+        where = f"{self._where}: " if request is self._first else ""
         try:
-            for part in self._template.generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._values
-            ):
-                parts.append(part)
-                n_characters += len(part)
-                if n_characters > limit:
-                    raise error(f"chat template: gave more than {limit} characters")
-                if time.monotonic() > deadline:
-                    raise error(f"chat template: ran for more than {MAX_RENDER_SECONDS:g} s")
-        except MilpyError:
+            reply = process.ask(request)
+        except BaseException as problem:
+            # Ctrl-C too: a later question must not read the answer to this one.
+            self._drop()
+            if isinstance(problem, EOFError | OSError | ValueError):
+                raise error(f"{where}chat template: {problem}") from problem
             raise
-        except Exception as problem:  # a template may raise whatever its filters do
-            raise error(f"chat template: {problem}") from problem
-        return "".join(parts)
+        if "text" not in reply:
+            if request is self._first:
+                self._drop()
+            raise error(f"{where}chat template: {reply['error']}")
+        return reply["text"]
+
+
+class _Process:
+    """One line of JSON to it, one line back."""
+
+    def __init__(self) -> None:
+        if not sys.executable:
+            raise TokenizerError("chat template: needs sys.executable, the Python to render it in")
+        # A session of its own: Ctrl-C in a terminal is for the parent to answer.
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-I", "-c", START, json.dumps(sys.path), str(MAX_RENDER_SECONDS)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as problem:
+            raise TokenizerError(
+                f"chat template: no process to render it in: {problem}"
+            ) from problem
+
+    def ask(self, request: object) -> dict[str, str]:
+        """EOFError or OSError where the process has ended."""
+        assert self._child.stdin is not None and self._child.stdout is not None
+        line = json.dumps(request).encode() + b"\n"
+        try:
+            self._child.stdin.write(line)
+            self._child.stdin.flush()
+        except BrokenPipeError as problem:
+            raise EOFError(self._ending()) from problem
+        answer = self._child.stdout.readline()
+        if not answer.endswith(b"\n"):
+            raise EOFError(self._ending())
+        reply: dict[str, str] = json.loads(answer)
+        return reply
+
+    def _ending(self) -> str:
+        status = self._child.wait()
+        if status == -signal.SIGPROF:
+            return f"took too long, expected at most {MAX_RENDER_SECONDS:g} s of processor time"
+        return f"its process ended with status {status}, expected an answer"
+
+    def stop(self) -> None:
+        self._child.kill()
+        self._child.communicate()
 
 
 def _source(folder: Path, config: Mapping[str, Json]) -> tuple[str, Path]:
@@ -152,54 +223,3 @@ def _plain(value: object, where: str, depth: int) -> Json:
     if isinstance(value, list | tuple):
         return [_plain(item, where, depth - 1) for item in value]
     raise RequestError(f"{where}: has a {type(value).__name__}, expected text, numbers and lists")
-
-
-def _raise_exception(message: object) -> NoReturn:
-    raise ValueError(str(message))
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _tojson(value: object, indent: int | None = None, **_: object) -> str:
-    # As transformers has it: jinja2's own escapes for HTML, which would change the prompt.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-class _Generation(ext.Extension):
-    """`{% generation %}` marks text for training; here it is only its content."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """Of the operators that make much out of little, arithmetic on numbers is left."""
-
-    intercepted_binops = frozenset({"*", "**", "%"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        numbers = (int, float)
-        if operator == "**" or not (isinstance(left, numbers) and isinstance(right, numbers)):
-            raise exceptions.SecurityError(
-                f"{type(left).__name__} {operator} {type(right).__name__} is not allowed"
-            )
-        return super().call_binop(context, operator, left, right)
-
-
-def _environment() -> _Sandbox:
-    """What chat templates are written for: transformers' settings and functions."""
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
-    functions: dict[str, Callable[..., object]] = {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-    }
-    environment.globals.update(functions)
-    environment.filters["tojson"] = _tojson
-    return environment

@@ -1,6 +1,8 @@
 """Templates are programs of strangers: what is theirs to do, and what is not."""
 
 import ast
+import gc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ def test_only_one_file_imports_jinja2() -> None:
                 modules = [node.module or ""]
             if any(module.split(".")[0] == "jinja2" for module in modules):
                 importers.add(path.name)
-    assert importers == {"chat_template.py"}
+    assert importers == {"template_process.py"}
 
 
 def test_a_conversation_is_rendered_and_its_bos_not_doubled(tmp_path: Path) -> None:
@@ -84,6 +86,17 @@ def test_a_templates_own_complaint_is_a_request_error(tmp_path: Path) -> None:
         "{{ 9 ** 9 ** 9 }}",
         "{% for i in range(90000) %}{{ messages[0].content }}xxxxxxxxxxxxxxxxxxx{% endfor %}",
         "{% for a in range(9999) %}{% for b in range(9999) %} {% endfor %}{% endfor %}",
+        # No output, no forbidden call: only the time and the memory tell.
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ m(60) }}",
+        "{% for a in range(99999) recursive %}{% if loop.depth < 4 %}{{ loop(range(99999)) }}"
+        "{% endif %}{% endfor %}",
+        "{% set n = namespace(x='xxxx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+        "{% endfor %}",
+        "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{% if 'x'.ljust(10000000000) %}{% endif %}",
+        "{% if messages | tojson(indent=10000000000) %}{% endif %}",
         "{% include 'x' %}",
         "{% import 'x' as y %}",
         "{{ messages[0].update({'role': 'x'}) }}",
@@ -115,6 +128,63 @@ def test_a_hostile_template_is_a_named_error(
 )
 def test_what_is_hidden_reads_as_nothing(tmp_path: Path, template: str) -> None:
     assert tokenizer_with(tmp_path, template).apply_chat_template(USER) == ""
+
+
+def test_a_template_that_loops_on_one_conversation_leaves_the_next_alone(tmp_path: Path) -> None:
+    """Two nested loops that print nothing once ran for ever: time was looked at between prints."""
+    template = (
+        "{% if messages[0].content == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) "
+        "%}{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
+    )
+    tokenizer = tokenizer_with(tmp_path, template)
+    assert tokenizer.apply_chat_template(USER) == "hello"
+    with pytest.raises(RequestError, match="took too long, expected at most 1 s"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "loop"}])
+    assert tokenizer.apply_chat_template(USER) == "hello"
+
+
+def test_threads_get_their_own_answers(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path, "{{ messages[0].content }}")
+    texts = [str(i) * 50 for i in range(64)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(
+            lambda text: tokenizer.apply_chat_template([{"role": "user", "content": text}]), texts
+        )
+        assert list(found) == texts
+
+
+def test_ctrl_c_leaves_no_answer_for_the_next_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizer_with(tmp_path, "{{ messages[0].content }}")
+    child = tokenizer.check_chat_template()._process._child  # type: ignore[union-attr]
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "stdout", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.apply_chat_template([{"role": "user", "content": "first"}])
+    assert child.poll() is not None
+    assert tokenizer.apply_chat_template(USER) == "hello"
+
+
+class Interrupted:
+    """A pipe at which Ctrl-C is pressed while its line is awaited."""
+
+    closed = True
+
+    def readline(self) -> bytes:
+        raise KeyboardInterrupt
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_process_ends_with_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path, "{{ messages[0].content }}")
+    child = tokenizer.check_chat_template()._process._child  # type: ignore[union-attr]
+    assert child.poll() is None
+    del tokenizer
+    gc.collect()
+    assert child.poll() is not None
 
 
 def test_no_template_is_a_named_error(tmp_path: Path) -> None:

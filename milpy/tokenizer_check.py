@@ -333,7 +333,9 @@ def _check_pattern(fields: Fields, key: str) -> None:
                 if kind == "String"
                 else f"one of the {len(REGEXES)} known (milpy.tokenizer_check.REGEXES)"
             )
-            _fail(fields.source, f"{key} is the {kind.lower()} {show(text, 200)}, {expected}")
+            _fail(
+                fields.source, f"{key} is the {kind.lower()} {show(text, 200)}, expected {expected}"
+            )
 
 
 def _types(components: Sequence[Fields]) -> set[str]:

@@ -7,7 +7,7 @@ and the last request have let go. Loading is slow and blocks nobody: only names 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import stat
@@ -58,7 +58,9 @@ class AdapterTable:
         with self._lock:
             return sorted(self._names)
 
-    def load(self, name: str, path: str | Path) -> None:
+    def load(
+        self, name: str, path: str | Path, *, allow_adapter_keys: Collection[str] = ()
+    ) -> None:
         """Point `name` at the content of `path`. The same content again changes nothing.
 
         On an error `name` is what it was before.
@@ -70,7 +72,7 @@ class AdapterTable:
                 raise EngineError("the engine is closed")
             source = _source(folder)
             try:
-                adapter = read_adapter(folder, self._config)
+                adapter = read_adapter(folder, self._config, allow_adapter_keys=allow_adapter_keys)
             except AdapterError as problem:
                 raise AdapterError(f"adapter {show(name)}: {problem}") from problem
             with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -76,10 +76,14 @@ class AsyncEngine:
         if job is not None:
             self._core.cancel([job])
 
-    async def load_adapter(self, name: str, path: str | Path) -> None:
+    async def load_adapter(
+        self, name: str, path: str | Path, *, allow_adapter_keys: Collection[str] = ()
+    ) -> None:
         """As LLM.load_adapter."""
         self._core.check_alive()
-        await asyncio.to_thread(self._core.adapters.load, name, path)
+        await asyncio.to_thread(
+            self._core.adapters.load, name, path, allow_adapter_keys=allow_adapter_keys
+        )
 
     async def unload_adapter(self, name: str) -> None:
         """As LLM.unload_adapter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
@@ -187,14 +187,17 @@ class LLM:
         """Names of the adapters now loaded."""
         return self._core.adapters.names()
 
-    def load_adapter(self, name: str, path: str | Path) -> None:
-        """Point `name` at the PEFT adapter in `path`.
+    def load_adapter(
+        self, name: str, path: str | Path, *, allow_adapter_keys: Collection[str] = ()
+    ) -> None:
+        """Point `name` at the PEFT adapter in `path`. allow_adapter_keys lets keys of its config
+        pass that milpy does not know: they are ignored.
 
         The same content again is no work. A name in use is re-pointed at once; requests that have
         begun end on the old content. On an error the name is what it was before.
         """
         self._core.check_alive()
-        self._core.adapters.load(name, path)
+        self._core.adapters.load(name, path, allow_adapter_keys=allow_adapter_keys)
 
     def unload_adapter(self, name: str) -> None:
         """Forget `name`; requests that have begun end on its content."""

@@ -288,6 +288,16 @@ def pickled(root: Path) -> Path:
     return root / "bad"
 
 
+def test_an_unknown_key_is_refused_and_can_be_allowed(
+    llm: LLM, model: Path, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "new", model, rank=4, config_extra={"use_novelty": True})
+    with pytest.raises(AdapterError, match=r'allow_adapter_keys=\["use_novelty"\]'):
+        llm.load_adapter("new", tmp_path / "new")
+    llm.load_adapter("new", tmp_path / "new", allow_adapter_keys=["use_novelty"])
+    llm.unload_adapter("new")
+
+
 def short_file(root: Path) -> Path:
     shutil.copytree(root / "good", root / "bad")
     cut(root / "bad" / "adapter_model.safetensors", 8)

@@ -47,24 +47,30 @@ mil_status mil_cpu_isa_choose(mil_cpu_isa_id *chosen, const char **available) MI
 /* K is worked through in blocks, so that a block of one panel (32 KiB) and of a tile's rows stay in
  * the first caches. A chain goes on across blocks through y. */
 #define MIL_CPU_KC 512
-#define MIL_CPU_MAX_TILE_ROWS 16
+#define MIL_CPU_MAX_TILE_ROWS 12
+#define MIL_CPU_WIDE_BYTES ((size_t)MIL_CPU_KC * 32 * sizeof(float)) /* a widened block */
 
 /* One tile: y[m, 0 .. width) = chain over n_pairs pairs, starting from 0 or (resume) from y itself.
- * x: rows of one block as pack_x lays them out. panel: [n_pairs][width][2] bf16. prefetch: memory
- * that will be wanted soon, prefetch_step bytes (0 .. 128) of it for each pair; any address will
- * do. */
-typedef void (*mil_cpu_tile_fn)(float *y, int64_t ldy, const void *x, const uint16_t *panel,
-                                int32_t n_pairs, bool resume, const void *prefetch,
+ * x: rows of one block as pack_x lays them out. panel: [n_pairs][width][2] bf16; for wide32, what
+ * widen32 left in wide. prefetch: memory that will be wanted soon, prefetch_step bytes (0 .. 128)
+ * of it for each pair; any address will do. */
+typedef void (*mil_cpu_tile_fn)(float *y, int64_t ldy, const void *x, const void *panel,
+                                float *wide, int32_t n_pairs, bool resume, const void *prefetch,
                                 int64_t prefetch_step);
 
 typedef struct mil_cpu_linear_kernels {
-    int32_t max_rows;     /* of a tile, <= MIL_CPU_MAX_TILE_ROWS */
+    int32_t max_rows;     /* of a tile: even, <= MIL_CPU_MAX_TILE_ROWS */
     int32_t x_item_bytes; /* 4: x is widened to float32; 2: pairs stay bf16 */
     int32_t x_stride;     /* items from a packed row to the next, > MIL_CPU_KC */
     /* n <= MIL_CPU_KC items of one row; an odd n is followed by a zero. */
     void (*pack_x)(void *packed, const uint16_t *x, int32_t n);
     mil_cpu_tile_fn tile32[MIL_CPU_MAX_TILE_ROWS + 1]; /* [rows]; [0] is NULL */
     mil_cpu_tile_fn tile16[MIL_CPU_MAX_TILE_ROWS + 1];
+    /* For many tiles over one block: the first leaves the weights' float32 values for the others,
+     * [n_pairs][odd 32, even 32]. wide_rows 0: pairs are multiplied as they are. */
+    int32_t wide_rows;
+    mil_cpu_tile_fn widen32[MIL_CPU_MAX_TILE_ROWS + 1];
+    mil_cpu_tile_fn wide32[MIL_CPU_MAX_TILE_ROWS + 1];
 } mil_cpu_linear_kernels;
 MIL_CPU_DECLARE(mil_cpu_linear_kernels, mil_cpu_linear_kernels);
 
@@ -244,8 +250,8 @@ size_t mil_cpu_packed_bytes(int32_t N, int32_t K);
 size_t mil_cpu_lora_a_bytes(int32_t rank, int32_t in);
 size_t mil_cpu_lora_b_bytes(int32_t out, int32_t rank);
 
-/* What a product with lora needs of the workspace, for M rows of K items. */
-size_t mil_cpu_linear_workspace(int32_t M, int32_t K);
+/* What a product needs of the workspace, for M rows of K items. */
+size_t mil_cpu_linear_workspace(int32_t M, int32_t K, int32_t n_threads);
 
 /* What attention and sampling need of it. */
 size_t mil_cpu_attention_workspace(const mil_maxima *maxima);

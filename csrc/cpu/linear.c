@@ -12,15 +12,25 @@
 #define PANEL_PAIR_BYTES 128
 /* Columns of one portion when there are many rows: its y stays in the second cache. */
 #define MAX_PORTION_PANELS 8
+/* With more tiles than this, the first leaves its widened weights for the others. */
+#define PLAIN_TILES 2
+/* Tiles that share the fetching of the next block: few enough that no line is asked for often, many
+ * enough that it costs no time. */
+#define FETCHING_TILES 4
 /* Within a page of where the stream is, so that the processor's own prefetcher goes along. */
 #define STREAM_AHEAD_BYTES 2048
 /* Up to here all packed rows stay in the second cache, and a panel is streamed over its whole K. */
 #define RESIDENT_X_BYTES ((int64_t)256 << 10)
 
-size_t mil_cpu_linear_workspace(int32_t M, int32_t K)
+/* x_stride is at most KC + 64 items of 4 bytes. */
+static size_t packed_x_bytes(int32_t M, int32_t K)
 {
-    /* x_stride is at most KC + 64 items of 4 bytes. */
     return (size_t)mil_cpu_ceil_div(K, MIL_CPU_KC) * (size_t)M * (MIL_CPU_KC + 64) * sizeof(float);
+}
+
+size_t mil_cpu_linear_workspace(int32_t M, int32_t K, int32_t n_threads)
+{
+    return packed_x_bytes(M, K) + (size_t)n_threads * MIL_CPU_WIDE_BYTES;
 }
 
 static int32_t take(atomic_int *counter)
@@ -48,30 +58,36 @@ static const uint16_t *weight_block(const mil_cpu_product *p, int32_t panel, int
            (int64_t)block * MIL_CPU_KC * PANEL;
 }
 
-/* All rows of one block of one panel. The tiles together fetch `next`, the block that follows;
- * where there is one tile only, the stream itself is fetched a little ahead. */
-static void panel_block(const mil_cpu_product *p, int32_t panel, int32_t block,
+/* All rows of one block of one panel. The last tiles fetch `next`, the block that follows; where
+ * there is one tile only, the stream itself is fetched a little ahead. */
+static void panel_block(const mil_cpu_product *p, int32_t thread, int32_t panel, int32_t block,
                         const uint16_t *next)
 {
     const mil_cpu_linear_kernels *kernels = p->kernels->linear;
     const uint16_t *w = weight_block(p, panel, block);
+    float *wide = (float *)(p->wide + (size_t)thread * MIL_CPU_WIDE_BYTES);
     int32_t n_pairs = mil_cpu_block_pairs(p, block);
-    int32_t n_tiles = mil_cpu_ceil_div(p->M, kernels->max_rows);
-    int32_t step = mil_cpu_ceil_div(PANEL_PAIR_BYTES, n_tiles);
+    bool is_wide = kernels->wide_rows > 0 && p->M > PLAIN_TILES * kernels->wide_rows;
+    int32_t n_tiles = mil_cpu_ceil_div(p->M, is_wide ? kernels->wide_rows : kernels->max_rows);
+    int32_t n_fetching = mil_cpu_smaller(n_tiles, FETCHING_TILES);
+    const char *fetch = n_tiles == 1 ? (const char *)w + STREAM_AHEAD_BYTES : (const char *)next;
     for (int32_t t = 0; t < n_tiles; t++) {
         int32_t row = mil_cpu_tile_begin(p->M, n_tiles, t);
         int32_t rows = mil_cpu_tile_begin(p->M, n_tiles, t + 1) - row;
-        const char *fetch = n_tiles == 1 ? (const char *)w + STREAM_AHEAD_BYTES
-                                         : (const char *)next + (int64_t)t * step * n_pairs;
-        kernels->tile32[rows](p->y + row * p->ldy + panel * PANEL, p->ldy,
-                              mil_cpu_packed_row(p, block, row), w, n_pairs, block > 0, fetch,
-                              step);
+        int32_t step = t < n_tiles - n_fetching ? 0 : PANEL_PAIR_BYTES / n_fetching;
+        const mil_cpu_tile_fn *tiles = !is_wide ? kernels->tile32
+                                       : t == 0 ? kernels->widen32
+                                                : kernels->wide32;
+        tiles[rows](p->y + row * p->ldy + panel * PANEL, p->ldy, mil_cpu_packed_row(p, block, row),
+                    is_wide && t > 0 ? (const void *)wide : w, wide, n_pairs, block > 0, fetch,
+                    step);
+        fetch += (int64_t)step * n_pairs;
     }
 }
 
 /* Panels [first, end) in the order that keeps what is used again close: one panel over its whole K
  * while all of x stays in the second cache, else one block of K over all panels. */
-static void whole_panels(const mil_cpu_product *p, int32_t first, int32_t end)
+static void whole_panels(const mil_cpu_product *p, int32_t thread, int32_t first, int32_t end)
 {
     const mil_cpu_linear_kernels *kernels = p->kernels->linear;
     bool is_resident = p->M <= kernels->max_rows ||
@@ -81,10 +97,10 @@ static void whole_panels(const mil_cpu_product *p, int32_t first, int32_t end)
     for (int32_t i = 0; i < n; i++) {
         int32_t after = i + 1 < n ? i + 1 : i;
         if (is_resident)
-            panel_block(p, first + i / p->n_blocks, i % p->n_blocks,
+            panel_block(p, thread, first + i / p->n_blocks, i % p->n_blocks,
                         weight_block(p, first + after / p->n_blocks, after % p->n_blocks));
         else
-            panel_block(p, first + i % n_panels, i / n_panels,
+            panel_block(p, thread, first + i % n_panels, i / n_panels,
                         weight_block(p, first + after % n_panels, after / n_panels));
     }
 }
@@ -101,7 +117,7 @@ static void narrow_panel(const mil_cpu_product *p, int32_t panel)
         int32_t rows = mil_cpu_tile_begin(p->M, n_tiles, t + 1) - row;
         for (int32_t b = 0; b < p->n_blocks; b++)
             kernels->tile32[rows](tile, PANEL, mil_cpu_packed_row(p, b, row),
-                                  weight_block(p, panel, b), mil_cpu_block_pairs(p, b), b > 0,
+                                  weight_block(p, panel, b), NULL, mil_cpu_block_pairs(p, b), b > 0,
                                   p->packed_x, 0);
         for (int32_t i = 0; i < rows; i++)
             memcpy(p->y + (row + i) * p->ldy + panel * PANEL, tile + i * PANEL,
@@ -127,12 +143,12 @@ static void activate(const mil_cpu_product *p, int32_t begin, int32_t end)
                                   p->y + m * p->ldy + begin, (end - begin) / 2, act->interleave);
 }
 
-static void base_portion(const mil_cpu_product *p, int32_t portion)
+static void base_portion(const mil_cpu_product *p, int32_t thread, int32_t portion)
 {
     int32_t first = portion * p->portion_panels;
     int32_t end = mil_cpu_smaller(first + p->portion_panels, p->n_panels);
     int32_t whole_end = mil_cpu_smaller(end, p->weight->N / PANEL);
-    whole_panels(p, first, whole_end);
+    whole_panels(p, thread, first, whole_end);
     if (whole_end < end)
         narrow_panel(p, whole_end);
     if (p->weight->bias != NULL)
@@ -143,13 +159,13 @@ static void base_portion(const mil_cpu_product *p, int32_t portion)
 
 /* ---- the region ---- */
 
-static void base_and_shrink(mil_cpu_product *p)
+static void base_and_shrink(mil_cpu_product *p, int32_t thread)
 {
     mil_cpu_shrink_cursor at = {0, 0, p->n_portions};
     for (;;) {
         int32_t index = take(&p->next_work);
         if (index < p->n_portions)
-            base_portion(p, index);
+            base_portion(p, thread, index);
         else if (!p->has_shrink || !mil_cpu_shrink_panel(p, &at, index))
             return;
     }
@@ -173,7 +189,7 @@ static void product_task(void *argument, int32_t thread, int32_t n_threads)
     if (p->has_base || p->has_shrink) {
         pack_x(p);
         mil_cpu_barrier(p->context, thread);
-        base_and_shrink(p);
+        base_and_shrink(p, thread);
     }
     if (p->has_expand) {
         mil_cpu_barrier(p->context, thread);
@@ -186,8 +202,9 @@ mil_status mil_cpu_product_run(mil_context *context, mil_cpu_product *p)
     p->context = context;
     p->kernels = mil_cpu_kernels_of(context);
     p->packed_x = context->workspace;
+    p->wide = p->packed_x + packed_x_bytes(p->M, p->K);
     p->n_blocks = mil_cpu_ceil_div(p->K, MIL_CPU_KC);
-    size_t needed = mil_cpu_linear_workspace(p->M, p->K);
+    size_t needed = mil_cpu_linear_workspace(p->M, p->K, mil_cpu_n_threads(context));
     if (context->workspace_bytes < needed)
         return mil_fail(MIL_ERR_INTERNAL, "linear: workspace is %zu bytes, expected %zu",
                         context->workspace_bytes, needed);

@@ -23,6 +23,7 @@ typedef struct mil_cpu_product {
     const mil_act_args *act;   /* gate_up_act's epilogue, or NULL */
     bool has_base, has_shrink, has_expand;
     char *packed_x; /* [n_blocks][M][x_stride] items */
+    char *wide;     /* [n_threads][MIL_CPU_WIDE_BYTES] */
     int32_t n_blocks;
     int32_t n_panels, portion_panels, n_portions;
     atomic_int next_row, next_work, next_expand;
@@ -54,10 +55,12 @@ static inline int32_t mil_cpu_ceil_div(int32_t n, int32_t by)
     return n / by + (n % by != 0);
 }
 
-/* First row of a tile when `rows` are cut evenly: 16 rows are 8 + 8, not 13 + 3. */
+/* First row of a tile. Heights are alike (16 rows are 8 + 8, not 12 + 4) and even but for the last,
+ * since odd ones run worse. */
 static inline int32_t mil_cpu_tile_begin(int32_t rows, int32_t n_tiles, int32_t tile)
 {
-    return (int32_t)((int64_t)rows * tile / n_tiles);
+    int64_t row_pairs = mil_cpu_ceil_div(rows, 2);
+    return mil_cpu_smaller(rows, (int32_t)(row_pairs * tile / n_tiles) * 2);
 }
 
 static inline int32_t mil_cpu_block_pairs(const mil_cpu_product *p, int32_t block)

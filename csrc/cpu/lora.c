@@ -34,7 +34,7 @@ static void shrink_rows(const mil_cpu_product *p, const mil_lora_module *module,
         for (int32_t b = 0; b < p->n_blocks; b++) {
             const uint16_t *block = panel + (int64_t)b * MIL_CPU_KC * GROUP;
             kernels->tile16[rows](to, v_stride, mil_cpu_packed_row(p, b, first_row + row), block,
-                                  mil_cpu_block_pairs(p, b), b > 0,
+                                  NULL, mil_cpu_block_pairs(p, b), b > 0,
                                   (const char *)block + SHRINK_AHEAD_BYTES, GROUP * 4);
         }
         for (int32_t i = 0; i < rows; i++) {

@@ -167,7 +167,7 @@ static void check_products(int32_t N, int32_t K, const int32_t *rows, int32_t n_
 {
     mil_context contexts[MAX_BACKENDS];
     int32_t largest = rows[n_rows - 1];
-    int32_t n = open_contexts(contexts, (size_t)largest * (size_t)(K + 1024) * 8);
+    int32_t n = open_contexts(contexts, (size_t)largest * (size_t)(K + 1024) * 8 + ((size_t)1 << 18));
     problem p = make_problem(largest, N, K, has_bias);
     compute_want(&p, &contexts[0]);
     for (int32_t c = 0; c < n; c++) {

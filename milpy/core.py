@@ -21,6 +21,7 @@ from milpy import _C
 from milpy.adapter_table import AdapterTable
 from milpy.answer import AnswerStream, Chunk, Sample
 from milpy.errors import EngineError, RequestError
+from milpy.interrupt import HeldInterrupt
 from milpy.loading import EngineOptions, load
 from milpy.outputs import LoRARequest, RequestOutput
 from milpy.prompts import Prompt, PromptReader
@@ -181,9 +182,10 @@ class Core:
             self._is_closed = True
             if self._engine is not None:
                 self._engine.stop()
-        self._runner.join()
-        self._pump.join()
-        self._give_back()
+        with HeldInterrupt():  # a second close would find it closed and give nothing back
+            self._runner.join()
+            self._pump.join()
+            self._give_back()
 
     def abandon(self) -> None:
         """As close, from a finalizer: waits for nothing; the pump gives the memory back."""
@@ -274,19 +276,29 @@ class Core:
                 events = engine.poll(-1, MAX_EVENTS)
             except EngineError:
                 break  # the loop has ended and no events are left
-            self._dispatch(events)
+            except MemoryError as problem:
+                self._fail(problem)
+                break
+            try:
+                self._dispatch(events)
+            except Exception as problem:  # a pump that dies leaves every caller waiting for ever
+                self._fail(problem)
+                break
         self._runner.join()
         self._close_orphans()
         if self._is_abandoned:
             self._give_back()
 
+    def _fail(self, problem: Exception) -> None:
+        self._failure = problem
+        engine = self._engine
+        if engine is not None:
+            engine.stop()
+
     def _dispatch(self, events: Sequence[tuple[int, int, Sample | None]]) -> None:
         """Hand a batch of events to their sinks, one call per sink."""
         with self._lock:
             jobs = [self._jobs.get(event[0]) for event in events]
-            for number, finish, _ in events:
-                if finish != _C.FINISH_NONE:
-                    self._jobs.pop(number, None)
         news: dict[int, list[tuple[Job, Chunk | None]]] = {}
         enough: list[Job] = []
         for job, (_, finish, sample) in zip(jobs, events, strict=True):
@@ -302,6 +314,11 @@ class Core:
         self.cancel(enough)
         for batch in news.values():
             batch[0][0].sink.deliver(batch)
+        # Last: whoever is still there when something above fails is told by _close_orphans.
+        with self._lock:
+            for number, finish, _ in events:
+                if finish != _C.FINISH_NONE:
+                    self._jobs.pop(number, None)
 
     def _push(self, job: Job, sample: Sample | None, finish: int) -> Chunk:
         if finish == _C.FINISH_ERROR:

@@ -96,7 +96,8 @@ class LLM:
 
         A prompt is text, a list of token ids, or a dict of either; integers alone are one prompt.
         sampling_params and adapter are for all prompts, or lists with an entry for each (None: the
-        defaults, the base model). A bad prompt, parameter or name is an error before anything runs.
+        defaults, the base model). A bad prompt, parameter or name is an error before anything runs;
+        an answer whose logits are not finite (EngineError) is raised when all have ended.
         """
         reader = self._core.reader
         read = [

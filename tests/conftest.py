@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Freed KV pages are NaN in every served test, and every plan is checked before it runs.
+os.environ.setdefault("MILPY_POISON", "1")
+
 REF_MODULES = ("torch", "transformers", "peft", "safetensors")
 
 

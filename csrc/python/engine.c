@@ -229,14 +229,15 @@ static PyObject *engine_free(PyObject *object, PyObject *unused)
 static PyObject *engine_stats(PyObject *object, PyObject *unused)
 {
     (void)unused;
-    mil_engine *engine = enter((engine_object *)object);
+    engine_object *self = (engine_object *)object;
+    mil_engine *engine = enter(self);
     if (engine == NULL)
         return NULL;
     mil_engine_stats stats;
     Py_BEGIN_ALLOW_THREADS
     mil_engine_stats_get(engine, &stats);
-    Py_END_ALLOW_THREADS((engine_object *)object)
-    ->n_inside--;
+    Py_END_ALLOW_THREADS
+    self->n_inside--;
     return Py_BuildValue(
         "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:K,s:K,s:K,s:K,s:n,s:n}", "n_waiting", stats.n_waiting,
         "n_running", stats.n_running, "n_pages", stats.n_pages, "n_free_pages", stats.n_free_pages,

@@ -111,6 +111,8 @@ static PyObject *model_close(PyObject *self, PyObject *unused)
 {
     (void)unused;
     mil_model_object *object = (mil_model_object *)self;
+    if (!mil_model_object_is_ours(object))
+        Py_RETURN_NONE;
     if (object->n_users > 0) {
         PyErr_Format(mil_state_of(self)->errors[MIL_ERR_BUSY],
                      "the model is used by %zd engines or steppers, expected none",
@@ -162,11 +164,12 @@ static PyObject *model_add_adapter(PyObject *self, PyObject *args, PyObject *kwa
     int32_t content = -1;
     mil_status status;
     /* A user for the while, so that close() in another thread waits its turn with an error. */
-    ((mil_model_object *)self)->n_users++;
+    mil_model_object *object = (mil_model_object *)self;
+    object->n_users++;
     Py_BEGIN_ALLOW_THREADS
     status = mil_model_add_adapter(model, &info, &content);
-    Py_END_ALLOW_THREADS((mil_model_object *)self)
-    ->n_users--;
+    Py_END_ALLOW_THREADS
+    object->n_users--;
     mil_borrowed_release(&source);
     return status != MIL_OK ? mil_raise(mil_state_of(self), status) : PyLong_FromLong(content);
 }

@@ -169,3 +169,18 @@ def test_several_events_of_a_request_in_one_batch_end_it_once(
     ScriptedEngine.script = {n: list(one) for n in range(1, 6)}
     outputs = scripted.generate([[1]] * 5, FOREVER, use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == [[65, 66]] * 5
+
+
+def test_a_pump_that_fails_tells_everybody(scripted: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pump that died of MemoryError once left every caller waiting for ever."""
+
+    def no_room(timeout_ms: int, max_events: int) -> list[tuple[int, int, Any]]:
+        raise MemoryError("no room for events")
+
+    # The pump is inside the first poll; the request's one event takes it to the second.
+    monkeypatch.setattr(engine_of(scripted), "poll", no_room)
+    ScriptedEngine.script = {1: [(_C.FINISH_NONE, token(65))]}
+    with pytest.raises(EngineError, match="closed while the request was open|has failed"):
+        scripted.generate([[1]], FOREVER, use_tqdm=False)
+    with pytest.raises(EngineError, match="has failed: no room for events"):
+        scripted.stats()

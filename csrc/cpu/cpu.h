@@ -44,9 +44,9 @@ mil_status mil_cpu_isa_choose(mil_cpu_isa_id *chosen, const char **available) MI
 
 /* ---- products ---- */
 
-/* K is worked through in blocks, so that a block of one panel (32 KiB) and of a tile's rows stay in
- * the first caches. A chain goes on across blocks through y. */
-#define MIL_CPU_KC 512
+/* K is worked through in blocks, so that a block of one panel (64 KiB) and of all rows stay in the
+ * second cache. A chain goes on across blocks through y. */
+#define MIL_CPU_KC 1024
 #define MIL_CPU_MAX_TILE_ROWS 12
 #define MIL_CPU_WIDE_BYTES ((size_t)MIL_CPU_KC * 32 * sizeof(float)) /* a widened block */
 

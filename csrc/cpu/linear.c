@@ -14,13 +14,10 @@
 #define MAX_PORTION_PANELS 8
 /* With more tiles than this, the first leaves its widened weights for the others. */
 #define PLAIN_TILES 2
-/* Tiles that share the fetching of the next block: few enough that no line is asked for often, many
- * enough that it costs no time. */
-#define FETCHING_TILES 4
 /* Within a page of where the stream is, so that the processor's own prefetcher goes along. */
 #define STREAM_AHEAD_BYTES 2048
 /* Up to here all packed rows stay in the second cache, and a panel is streamed over its whole K. */
-#define RESIDENT_X_BYTES ((int64_t)256 << 10)
+#define RESIDENT_X_BYTES ((int64_t)512 << 10)
 
 /* x_stride is at most KC + 64 items of 4 bytes. */
 static size_t packed_x_bytes(int32_t M, int32_t K)
@@ -58,8 +55,8 @@ static const uint16_t *weight_block(const mil_cpu_product *p, int32_t panel, int
            (int64_t)block * MIL_CPU_KC * PANEL;
 }
 
-/* All rows of one block of one panel. The last tiles fetch `next`, the block that follows; where
- * there is one tile only, the stream itself is fetched a little ahead. */
+/* All rows of one block of one panel. The tiles together fetch `next`, the block that follows;
+ * where there is one tile only, the stream itself is fetched a little ahead. */
 static void panel_block(const mil_cpu_product *p, int32_t thread, int32_t panel, int32_t block,
                         const uint16_t *next)
 {
@@ -69,12 +66,11 @@ static void panel_block(const mil_cpu_product *p, int32_t thread, int32_t panel,
     int32_t n_pairs = mil_cpu_block_pairs(p, block);
     bool is_wide = kernels->wide_rows > 0 && p->M > PLAIN_TILES * kernels->wide_rows;
     int32_t n_tiles = mil_cpu_ceil_div(p->M, is_wide ? kernels->wide_rows : kernels->max_rows);
-    int32_t n_fetching = mil_cpu_smaller(n_tiles, FETCHING_TILES);
+    int32_t step = mil_cpu_ceil_div(PANEL_PAIR_BYTES, n_tiles);
     const char *fetch = n_tiles == 1 ? (const char *)w + STREAM_AHEAD_BYTES : (const char *)next;
     for (int32_t t = 0; t < n_tiles; t++) {
         int32_t row = mil_cpu_tile_begin(p->M, n_tiles, t);
         int32_t rows = mil_cpu_tile_begin(p->M, n_tiles, t + 1) - row;
-        int32_t step = t < n_tiles - n_fetching ? 0 : PANEL_PAIR_BYTES / n_fetching;
         const mil_cpu_tile_fn *tiles = !is_wide ? kernels->tile32
                                        : t == 0 ? kernels->widen32
                                                 : kernels->wide32;

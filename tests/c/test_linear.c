@@ -167,7 +167,8 @@ static void check_products(int32_t N, int32_t K, const int32_t *rows, int32_t n_
 {
     mil_context contexts[MAX_BACKENDS];
     int32_t largest = rows[n_rows - 1];
-    int32_t n = open_contexts(contexts, (size_t)largest * (size_t)(K + 1024) * 8 + ((size_t)1 << 18));
+    int32_t n =
+        open_contexts(contexts, (size_t)largest * (size_t)(K + 2048) * 8 + ((size_t)1 << 19));
     problem p = make_problem(largest, N, K, has_bias);
     compute_want(&p, &contexts[0]);
     for (int32_t c = 0; c < n; c++) {
@@ -212,7 +213,7 @@ TEST(many_rows_take_one_block_of_k_over_all_panels)
 TEST(a_row_does_not_depend_on_its_place_in_the_batch)
 {
     mil_context contexts[MAX_BACKENDS];
-    int32_t n = open_contexts(contexts, (size_t)1 << 20);
+    int32_t n = open_contexts(contexts, (size_t)2 << 20);
     problem p = make_problem(29, 64, 600, false);
     for (int32_t m = 1; m < 29; m++)
         memcpy(p.x + (int64_t)m * 600, p.x, 600 * sizeof *p.x);
@@ -228,7 +229,7 @@ TEST(denormal_results_are_zero_on_every_set)
 {
     static const float zeros[32];
     mil_context contexts[MAX_BACKENDS];
-    int32_t n = open_contexts(contexts, (size_t)1 << 20);
+    int32_t n = open_contexts(contexts, (size_t)2 << 20);
     problem p = make_problem(1, 32, 8, false);
     for (int32_t k = 0; k < 8; k++)
         p.x[k] = mil_bf16_from_float(0x1p-66f);
@@ -482,7 +483,7 @@ static void check_lora(int32_t n_parts, const int32_t *part_rows, int32_t interl
 {
     mil_context contexts[MAX_BACKENDS];
     lora_problem p;
-    int32_t n = open_contexts(contexts, (size_t)1 << 20);
+    int32_t n = open_contexts(contexts, (size_t)2 << 20);
     make_lora(&p, n_parts, part_rows, interleave);
     compute_lora_want(&p, &contexts[0]);
     for (int32_t c = 0; c < n; c++) {
@@ -520,7 +521,7 @@ TEST(no_segments_is_the_base_product)
     static const int32_t rows[] = {40, 24, 8};
     mil_context contexts[MAX_BACKENDS];
     lora_problem p;
-    int32_t n = open_contexts(contexts, (size_t)1 << 20);
+    int32_t n = open_contexts(contexts, (size_t)2 << 20);
     make_lora(&p, 3, rows, 0);
     compute_want(&p.base, &contexts[0]);
     memcpy(p.want, p.base.want, (size_t)(LORA_T * p.N) * sizeof *p.want);

@@ -15,7 +15,7 @@
 /* With more tiles than this, the first leaves its widened weights for the others. */
 #define PLAIN_TILES 2
 /* Within a page of where the stream is, so that the processor's own prefetcher goes along. */
-#define STREAM_AHEAD_BYTES 2048
+#define STREAM_AHEAD_BYTES 3072
 /* Up to here all packed rows stay in the second cache, and a panel is streamed over its whole K. */
 #define RESIDENT_X_BYTES ((int64_t)512 << 10)
 

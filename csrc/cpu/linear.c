@@ -11,7 +11,7 @@
 #define PANEL MIL_CPU_PANEL
 #define PANEL_PAIR_BYTES 128
 /* Columns of one portion when there are many rows: its y stays in the second cache. */
-#define MAX_PORTION_PANELS 8
+#define MAX_PORTION_PANELS 16
 /* With more tiles than this, the first leaves its widened weights for the others. */
 #define PLAIN_TILES 2
 /* Within a page of where the stream is, so that the processor's own prefetcher goes along. */

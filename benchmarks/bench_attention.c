@@ -83,8 +83,7 @@ static void open_machine(machine *all, int32_t n_threads)
     all->n_threads = mil_cpus_usable(all->cpus, MAX_THREADS);
     if (n_threads > 0 && n_threads < all->n_threads)
         all->n_threads = n_threads;
-    all->context.backend = mil_backend_find("cpu");
-    require(all->context.backend != NULL, "backend");
+    require(mil_backend_find(&all->context.backend, "cpu") == MIL_OK, "backend");
     require(mil_pool_create(&all->context.pool, all->n_threads, all->cpus) == MIL_OK, "pool");
     mil_maxima maxima = {.max_tokens = 512,
                          .max_seqs = MAX_SEQS,

@@ -6,6 +6,7 @@ The C core loads on a thread of its own, so that Ctrl-C works and a bar can be d
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,10 +50,8 @@ class EngineOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu"):
-            raise ConfigError(
-                f"device is {show(self.device)}, expected auto or cpu: this build has no other"
-            )
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", str(self.device)):
+            raise ConfigError(f"device is {show(self.device)}, expected auto, cpu, cuda or cuda:N")
         if self.dtype not in ("auto", "bfloat16"):
             raise ConfigError(
                 f"dtype is {show(self.dtype)}, expected auto or bfloat16: computing in another "

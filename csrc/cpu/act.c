@@ -10,11 +10,12 @@ static void act_share(void *argument, int32_t thread, int32_t n_threads)
 {
     const act_job *job = argument;
     const mil_act_args *args = job->args;
+    const float *gate_up = args->gate_up;
     int64_t begin, end;
     mil_cpu_share(args->n_tokens, thread, n_threads, &begin, &end);
     for (int64_t t = begin; t < end; t++)
-        job->kernels->silu_mul(args->out + t * args->ffn, args->gate_up + t * 2 * args->ffn,
-                               args->ffn, args->interleave);
+        job->kernels->silu_mul(args->out + t * args->ffn, gate_up + t * 2 * args->ffn, args->ffn,
+                               args->interleave);
 }
 
 mil_status mil_cpu_act(mil_context *context, const mil_act_args *args)

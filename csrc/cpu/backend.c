@@ -2,6 +2,8 @@
  * host memory, a queue of one. */
 #include "cpu/cpu.h"
 
+#include "base/machine.h"
+
 #include <string.h>
 
 /* ---- work ---- */
@@ -36,29 +38,96 @@ int32_t mil_cpu_n_threads(const mil_context *context)
 
 /* ---- device ---- */
 
-static mil_status copy(mil_context *context, void *to, const void *from, size_t n_bytes)
+static mil_status open(struct mil_queue **out, int32_t ordinal)
 {
-    (void)context;
+    if (ordinal != 0)
+        return mil_fail(MIL_ERR_ARGUMENT, "device is \"cpu:%d\", expected \"cpu\"", ordinal);
+    *out = NULL;
+    return MIL_OK;
+}
+
+static void close(struct mil_queue *queue)
+{
+    (void)queue;
+}
+
+static mil_status free_bytes(struct mil_queue *queue, uint64_t *n_free, uint64_t *n_total)
+{
+    (void)queue;
+    *n_free = mil_memory_free_bytes();
+    *n_total = mil_memory_limit_bytes();
+    return MIL_OK;
+}
+
+static mil_status alloc(struct mil_queue *queue, mil_slab *slab, size_t n_bytes, const char *what)
+{
+    (void)queue;
+    return mil_slab_init(slab, n_bytes, what);
+}
+
+static void give_back(struct mil_queue *queue, mil_slab *slab)
+{
+    (void)queue;
+    mil_slab_deinit(slab);
+}
+
+static mil_status copy(struct mil_queue *queue, void *to, const void *from, size_t n_bytes)
+{
+    (void)queue;
     memcpy(to, from, n_bytes);
     return MIL_OK;
 }
 
-static mil_status synchronize(mil_context *context)
+static mil_status fill_16(struct mil_queue *queue, void *memory, uint16_t word, size_t n)
 {
-    (void)context;
+    (void)queue;
+    for (size_t i = 0; i < n; i++)
+        ((uint16_t *)memory)[i] = word;
+    return MIL_OK;
+}
+
+static mil_status synchronize(struct mil_queue *queue)
+{
+    (void)queue;
+    return MIL_OK;
+}
+
+/* What was queued has run: there is nothing to wait for. */
+static mil_status fence(struct mil_queue *queue, int32_t index)
+{
+    (void)queue;
+    (void)index;
     return MIL_OK;
 }
 
 static const mil_device device = {
     .name = "cpu",
-    .alloc = mil_slab_init,
-    .free = mil_slab_deinit,
+    .is_host = true,
+    .depth = 1,
+    .open = open,
+    .close = close,
+    .free_bytes = free_bytes,
+    .alloc = alloc,
+    .free = give_back,
+    .alloc_host = alloc,
+    .free_host = give_back,
     .copy_in = copy,
     .copy_out = copy,
+    .send_out = copy,
+    .fill_16 = fill_16,
     .synchronize = synchronize,
+    .record = fence,
+    .wait = fence,
 };
 
 /* ---- ops ---- */
+
+/* Ops read the batch itself. */
+static size_t step_bytes(const mil_maxima *maxima)
+{
+    (void)maxima;
+    return 0;
+}
 
 #define BACKEND(isa)                                                                               \
     {                                                                                              \
@@ -67,6 +136,8 @@ static const mil_device device = {
         .default_page_size = 16,                                                                   \
         .lora_rank_multiple = 16,                                                                  \
         .gate_up_interleave = 16,                                                                  \
+        .product_dtype = MIL_DTYPE_F32,                                                            \
+        .weight_format = MIL_WEIGHT_BF16_PANELS,                                                   \
         .kernels = &mil_cpu_kernels_##isa,                                                         \
         .packed_bytes = mil_cpu_packed_bytes,                                                      \
         .pack = mil_cpu_pack_##isa,                                                                \
@@ -75,7 +146,8 @@ static const mil_device device = {
         .lora_pack_a = mil_cpu_lora_pack_a_##isa,                                                  \
         .lora_pack_b = mil_cpu_lora_pack_b_##isa,                                                  \
         .workspace_bytes = mil_cpu_workspace_bytes,                                                \
-        .gather_tokens = mil_cpu_gather_tokens,                                                    \
+        .step_bytes = step_bytes,                                                                  \
+        .begin = mil_cpu_begin,                                                                    \
         .embed = mil_cpu_embed,                                                                    \
         .norm = mil_cpu_norm,                                                                      \
         .rope_write = mil_cpu_rope_write,                                                          \
@@ -98,15 +170,11 @@ static const mil_backend mil_cpu_backend[MIL_CPU_N_ISAS] = {
 #endif
 };
 
-const mil_backend *mil_backend_find(const char *name)
+mil_status mil_cpu_backend_find(const mil_backend **out)
 {
     mil_cpu_isa_id isa;
     const char *available;
-    if (strcmp(name, "cpu") != 0) {
-        (void)mil_fail(MIL_ERR_ARGUMENT, "device is \"%s\", expected \"cpu\"", name);
-        return NULL;
-    }
-    if (mil_cpu_isa_choose(&isa, &available) != MIL_OK)
-        return NULL;
-    return &mil_cpu_backend[isa];
+    MIL_TRY(mil_cpu_isa_choose(&isa, &available));
+    *out = &mil_cpu_backend[isa];
+    return MIL_OK;
 }

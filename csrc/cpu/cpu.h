@@ -259,8 +259,7 @@ size_t mil_cpu_sample_workspace(const mil_maxima *maxima);
 /* The largest need of any op: they run one after another. */
 size_t mil_cpu_workspace_bytes(const mil_maxima *maxima);
 
-mil_status mil_cpu_gather_tokens(mil_context *context, int32_t *tokens, const mil_batch *batch,
-                                 const mil_slots *slots);
+mil_status mil_cpu_begin(mil_context *context, const mil_begin_args *args);
 mil_status mil_cpu_embed(mil_context *context, const mil_embed_args *args);
 mil_status mil_cpu_norm(mil_context *context, const mil_norm_args *args);
 mil_status mil_cpu_rope_write(mil_context *context, const mil_rope_write_args *args);

@@ -10,13 +10,14 @@ static void norm_share(void *argument, int32_t thread, int32_t n_threads)
 {
     const norm_job *job = argument;
     const mil_norm_args *args = job->args;
+    const float *residual = args->residual;
     int64_t begin, end;
     mil_cpu_share(args->n_rows, thread, n_threads, &begin, &end);
     for (int64_t i = begin; i < end; i++) {
         int64_t row = args->rows == NULL ? i : args->rows[i];
         float *x = args->x + row * args->hidden;
-        if (args->residual != NULL)
-            job->kernels->add(x, args->residual + row * args->hidden, args->hidden);
+        if (residual != NULL)
+            job->kernels->add(x, residual + row * args->hidden, args->hidden);
         if (args->out != NULL)
             job->kernels->norm(args->out + i * args->hidden, x, args->weight, args->hidden,
                                args->eps, args->weight_offset);

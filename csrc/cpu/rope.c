@@ -16,7 +16,7 @@ static void write_token(const rope_job *job, int32_t t, int32_t s, int32_t i)
     int32_t D = kv->head_dim, P = kv->page_size, K = kv->n_kv_heads, N = args->n_heads;
     int64_t angle = (int64_t)batch->positions[t] * (args->rotary_dim / 2);
     const float *cosines = args->cos_table + angle, *sines = args->sin_table + angle;
-    const float *q = args->qkv + (int64_t)t * (N + 2 * K) * D;
+    const float *q = (const float *)args->qkv + (int64_t)t * (N + 2 * K) * D;
     const float *k = q + (int64_t)N * D;
     const float *v = k + (int64_t)K * D;
 

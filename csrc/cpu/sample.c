@@ -111,7 +111,8 @@ static bool has_top_k(const sample_job *job, const mil_sampling *sampling)
 
 static const mil_sampling *sampling_of(const sample_job *job, int32_t row)
 {
-    return &job->args->slots->sampling[job->args->slots_of[row]];
+    const mil_sample_args *args = job->args;
+    return &args->slots->sampling[args->batch->logit_slots[args->first_row + row]];
 }
 
 /* ---- passes over (row, segment), all threads ---- */
@@ -384,7 +385,7 @@ static void sample_one(const sample_job *job, int32_t index, candidates *list)
         .x = args->logits + index * args->ld,
         .sums = sums_of(job, index),
         .candidates = list,
-        .position = args->positions[index],
+        .position = args->batch->logit_positions[args->first_row + index],
     };
     row.top = top_of(&row.sums, job->n_segments);
     row.factor = factor_of(row.sampling);
@@ -395,8 +396,8 @@ static void sample_one(const sample_job *job, int32_t index, candidates *list)
     out->token = choose(&row);
     if (row.sampling->n_logprobs >= 0)
         report_logprobs(&row, out);
-    if (args->feeds[index])
-        args->slots->last_token[args->slots_of[index]] = out->token;
+    if (args->batch->logit_feeds[args->first_row + index])
+        args->slots->last_token[args->batch->logit_slots[args->first_row + index]] = out->token;
 }
 
 /* ---- threads ---- */

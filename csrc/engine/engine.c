@@ -32,8 +32,10 @@ struct mil_engine {
     /* The loop's. */
     mil_runner *runner;
     mil_scheduler *scheduler;
-    mil_sample *samples;    /* [max_num_seqs] */
     mil_event *step_events; /* [max_num_seqs] */
+    uint64_t last_step;     /* submitted */
+    int32_t n_in_flight;    /* submitted and not retired */
+    bool can_submit;        /* there is work, and room for what it may say */
     size_t workspace_bytes;
     bool is_entered; /* holds the model's step lock */
 
@@ -81,19 +83,21 @@ static mil_scheduler_options scheduler_options(mil_engine *engine, int32_t n_pag
 static mil_status settle_options(mil_engine *engine, int32_t *n_pages)
 {
     mil_engine_options *options = &engine->options;
+    if (options->page_size == 0)
+        options->page_size = mil_model_default_page_size(engine->model);
     MIL_TRY(mil_options_complete(options));
     mil_kv_facts facts = {
         .max_position = mil_model_config(engine->model)->max_position,
         .page_bytes = mil_runner_page_bytes(engine->model, options->page_size),
-        .free_bytes = mil_memory_free_bytes(),
     };
+    MIL_TRY(mil_model_free_bytes(engine->model, &facts.free_bytes));
     /* Workspace for the longest context that could come out, so that fitting cannot make it grow.
      */
     mil_scheduler_options longest = scheduler_options(engine, 0);
     if (longest.max_model_len == 0)
         longest.max_model_len = facts.max_position;
     mil_plan_limits limits = mil_scheduler_limits(&longest);
-    facts.workspace_bytes = mil_runner_workspace_bytes(engine->model, &limits);
+    facts.workspace_bytes = mil_runner_workspace_bytes(engine->model, &limits, options->page_size);
     return mil_options_fit_kv(options, n_pages, &facts);
 }
 
@@ -129,10 +133,9 @@ static mil_status init_engine(mil_engine *engine)
         .poison = engine->options.poison,
     };
     size_t n_seqs = (size_t)options.max_seqs;
-    engine->workspace_bytes = mil_runner_workspace_bytes(engine->model, &runner_options.limits);
+    engine->workspace_bytes =
+        mil_runner_workspace_bytes(engine->model, &runner_options.limits, options.page_size);
     MIL_TRY(create_sync(engine));
-    MIL_TRY(mil_alloc_checked((void **)&engine->samples, n_seqs, sizeof *engine->samples,
-                              "engine: samples"));
     MIL_TRY(mil_alloc_checked((void **)&engine->step_events, n_seqs, sizeof *engine->step_events,
                               "engine: events"));
     MIL_TRY(mil_events_init(&engine->events, FIRST_EVENTS + 8 * n_seqs));
@@ -147,7 +150,6 @@ static void destroy(mil_engine *engine)
     mil_scheduler_free(engine->scheduler);
     mil_events_deinit(&engine->events);
     mil_free(engine->step_events);
-    mil_free(engine->samples);
     if (engine->has_sync) {
         pthread_cond_destroy(&engine->ready);
         pthread_cond_destroy(&engine->work);
@@ -256,6 +258,7 @@ static void end_all(mil_engine *engine, mil_finish finish)
 {
     take_requests(engine);
     mil_scheduler_abandon(engine->scheduler);
+    engine->n_in_flight = 0;
     mil_request *request;
     while ((request = mil_scheduler_first(engine->scheduler)) != NULL)
         end_request(engine, request, finish);
@@ -267,11 +270,13 @@ static void end_all(mil_engine *engine, mil_finish finish)
 
 /* ---- other threads ---- */
 
-/* Room for all that one step may say, and for the last event of every open request and n_more. */
+/* Room for all that the steps in flight may say, and for the last event of every open request and
+ * n_more. */
 static mil_status reserve_events(mil_engine *engine, int32_t n_more)
 {
+    size_t steps = (size_t)mil_runner_depth(engine->runner);
     size_t last = (size_t)engine->n_open + (size_t)n_more;
-    return mil_events_reserve(&engine->events, (size_t)engine->options.max_num_seqs + last);
+    return mil_events_reserve(&engine->events, steps * (size_t)engine->options.max_num_seqs + last);
 }
 
 static mil_status enqueue(mil_engine *engine, mil_request *request, uint64_t *id)
@@ -438,7 +443,8 @@ static bool wait_for_work(mil_engine *engine)
 {
     pthread_mutex_lock(&engine->lock);
     take_requests(engine);
-    while (!engine->is_closing && !can_step(engine)) {
+    while (!engine->is_closing && !(engine->can_submit = can_step(engine)) &&
+           engine->n_in_flight == 0) {
         if (engine->is_entered) {
             pthread_mutex_unlock(&engine->lock);
             leave(engine);
@@ -467,17 +473,42 @@ static void publish(mil_engine *engine, int32_t n_events)
     pthread_mutex_unlock(&engine->lock);
 }
 
+/* Fill and submit one more step; *is_full: none can run before another one retires. */
+static mil_status submit_step(mil_engine *engine, bool *is_full)
+{
+    mil_plan *plan = mil_runner_plan(engine->runner);
+    mil_batch batch;
+    *is_full = !mil_scheduler_fill(engine->scheduler, plan);
+    if (*is_full)
+        return MIL_OK;
+    mil_plan_view(plan, &batch);
+    engine->last_step = batch.header->step;
+    MIL_TRY(mil_runner_submit(engine->runner));
+    engine->n_in_flight++;
+    return MIL_OK;
+}
+
+static mil_status retire_step(mil_engine *engine)
+{
+    const mil_sample *samples;
+    uint64_t oldest = engine->last_step - (uint64_t)engine->n_in_flight + 1;
+    MIL_TRY(mil_runner_wait(engine->runner, &samples));
+    engine->n_in_flight--;
+    publish(engine, mil_scheduler_retire(engine->scheduler, oldest, samples, engine->step_events));
+    return MIL_OK;
+}
+
+/* Queue one step more where the device takes it, and retire one where it does not. */
 static mil_status run_step(mil_engine *engine)
 {
     MIL_TRY(enter(engine));
-    mil_plan *plan = mil_runner_plan(engine->runner);
-    if (!mil_scheduler_fill(engine->scheduler, plan))
+    bool is_full = !engine->can_submit || engine->n_in_flight == mil_runner_depth(engine->runner);
+    if (!is_full)
+        MIL_TRY(submit_step(engine, &is_full));
+    if (engine->n_in_flight == 0)
         return mil_fail(MIL_ERR_INTERNAL, "engine: nothing runs, though requests are open");
-    mil_batch batch;
-    mil_plan_view(plan, &batch);
-    MIL_TRY(mil_runner_step(engine->runner, engine->samples, NULL));
-    publish(engine, mil_scheduler_retire(engine->scheduler, batch.header->step, engine->samples,
-                                         engine->step_events));
+    if (is_full || engine->n_in_flight == mil_runner_depth(engine->runner))
+        return retire_step(engine);
     return MIL_OK;
 }
 

@@ -27,7 +27,7 @@ mil_status mil_attention_load(mil_attention *attention, mil_walk *walk, const mi
     return mil_row_load(&attention->o, walk, o);
 }
 
-mil_status mil_attention_forward(const mil_attention *attention, const mil_step *step, float *y,
+mil_status mil_attention_forward(const mil_attention *attention, const mil_step *step, void *y,
                                  const uint16_t *x)
 {
     const mil_backend *backend = step->context->backend;

@@ -35,20 +35,21 @@ mil_status mil_column_load(mil_column *column, mil_walk *walk, const mil_linear_
     return MIL_OK;
 }
 
-static mil_linear_args linear_args(const mil_column *column, const mil_step *step, float *y,
+static mil_linear_args linear_args(const mil_column *column, const mil_step *step, void *y,
                                    const uint16_t *x)
 {
     return (mil_linear_args){
         .y = y,
         .x = x,
         .weight = &column->weight,
+        .y_dtype = step->context->backend->product_dtype,
         .M = mil_step_tokens(step),
         .ldy = column->weight.N,
         .ldx = column->weight.K,
     };
 }
 
-mil_status mil_column_forward(const mil_column *column, const mil_step *step, float *y,
+mil_status mil_column_forward(const mil_column *column, const mil_step *step, void *y,
                               const uint16_t *x)
 {
     mil_lora_args lora;

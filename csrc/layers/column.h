@@ -32,7 +32,7 @@ void mil_column_place(mil_column *column, mil_arena *arena, const mil_backend *b
 mil_status mil_column_load(mil_column *column, mil_walk *walk, const mil_linear_names *names)
     MIL_WARN_UNUSED;
 /* y [T, N] = x [T, K] W^T + bias + LoRA. */
-mil_status mil_column_forward(const mil_column *column, const mil_step *step, float *y,
+mil_status mil_column_forward(const mil_column *column, const mil_step *step, void *y,
                               const uint16_t *x) MIL_WARN_UNUSED;
 /* out [T, N / 2] = act(gate) * up, for a column of those two parts. */
 mil_status mil_column_forward_act(const mil_column *column, const mil_step *step, uint16_t *out,

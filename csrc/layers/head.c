@@ -66,6 +66,7 @@ mil_status mil_head_forward(const mil_head *head, const mil_step *step, float *l
         .y = block,
         .x = x,
         .weight = head->weight,
+        .y_dtype = MIL_DTYPE_F32,
         .M = n_rows,
         .ldy = head->vocab_block,
         .ldx = head->weight->K,

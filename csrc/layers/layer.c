@@ -16,7 +16,7 @@ void *mil_arena_take(mil_arena *arena, size_t n, size_t item_bytes)
 
 void mil_arena_take_weight(mil_arena *arena, const mil_backend *backend, mil_weight *weight)
 {
-    weight->format = MIL_WEIGHT_BF16_PANELS;
+    weight->format = backend->weight_format;
     weight->data = mil_arena_take(arena, backend->packed_bytes(weight->N, weight->K), 1);
 }
 
@@ -45,7 +45,7 @@ mil_status mil_walk_vector(mil_walk *walk, float *out, const char *name, int64_t
     return MIL_OK;
 }
 
-mil_status mil_step_all_reduce(const mil_step *step, float *data, int64_t n)
+mil_status mil_step_all_reduce(const mil_step *step, void *data, int64_t n)
 {
     return step->comm != NULL ? step->comm->ops->all_reduce(step->comm, data, n) : MIL_OK;
 }

@@ -67,7 +67,8 @@ typedef struct mil_step {
     int32_t lora_rank;      /* largest padded rank that the batch uses; 0: no LoRA in it */
     const float *cos_table; /* [positions, D / 2] */
     const float *sin_table;
-    float *wide;      /* [T, max((N + 2 K) D, 2 F)] scratch: what a column-parallel product gives */
+    void *wide;       /* [T, max((N + 2 K) D, 2 F)] scratch of product_dtype: what a column-parallel
+                         product gives */
     uint16_t *narrow; /* [2 (T N D), padded] or [T, F] scratch: what enters the row-parallel one */
 } mil_step;
 
@@ -77,13 +78,14 @@ static inline size_t mil_aligned_halves(size_t n)
     return mil_round_up(n, MIL_ALIGN / sizeof(uint16_t));
 }
 
+/* Rows that ops work on: the bucket of the batch, whose padding nobody reads. */
 static inline int32_t mil_step_tokens(const mil_step *step)
 {
-    return step->batch->header->n_tokens;
+    return step->batch->header->bucket_tokens;
 }
 
-/* data[n] summed over the ranks; nothing for a world of one. */
-mil_status mil_step_all_reduce(const mil_step *step, float *data, int64_t n) MIL_WARN_UNUSED;
+/* data[n] of float32 summed over the ranks; nothing for a world of one. */
+mil_status mil_step_all_reduce(const mil_step *step, void *data, int64_t n) MIL_WARN_UNUSED;
 
 /* The LoRA operand of a linear with these parts, written to *storage; NULL when the batch has none.
  */

@@ -24,7 +24,7 @@ mil_status mil_mlp_load(mil_mlp *mlp, mil_walk *walk, const mil_linear_names *ga
     return mil_row_load(&mlp->down, walk, down);
 }
 
-mil_status mil_mlp_forward(const mil_mlp *mlp, const mil_step *step, float *y, const uint16_t *x)
+mil_status mil_mlp_forward(const mil_mlp *mlp, const mil_step *step, void *y, const uint16_t *x)
 {
     MIL_TRY(mil_column_forward_act(&mlp->gate_up, step, step->narrow, x, mlp->activation));
     return mil_row_forward(&mlp->down, step, y, step->narrow);

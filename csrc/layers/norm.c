@@ -12,7 +12,7 @@ mil_status mil_norm_load(mil_norm *norm, mil_walk *walk, const char *name)
 }
 
 mil_status mil_norm_forward(const mil_norm *norm, const mil_step *step, uint16_t *out, float *x,
-                            const float *residual, const int32_t *rows, int32_t n_rows)
+                            const void *residual, const int32_t *rows, int32_t n_rows)
 {
     const mil_norm_args args = {
         .out = out,

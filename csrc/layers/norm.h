@@ -19,7 +19,7 @@ mil_status mil_norm_load(mil_norm *norm, mil_walk *walk, const char *name) MIL_W
 /* x += residual (may be NULL), out = norm(x) as bf16, over rows [n_rows] of x (NULL: the first
  * n_rows). */
 mil_status mil_norm_forward(const mil_norm *norm, const mil_step *step, uint16_t *out, float *x,
-                            const float *residual, const int32_t *rows, int32_t n_rows)
+                            const void *residual, const int32_t *rows, int32_t n_rows)
     MIL_WARN_UNUSED;
 
 #ifdef __cplusplus

@@ -28,13 +28,14 @@ mil_status mil_row_load(mil_row *row, mil_walk *walk, const mil_linear_names *na
                            slice->full_rows);
 }
 
-mil_status mil_row_forward(const mil_row *row, const mil_step *step, float *y, const uint16_t *x)
+mil_status mil_row_forward(const mil_row *row, const mil_step *step, void *y, const uint16_t *x)
 {
     mil_lora_args lora;
     const mil_linear_args linear = {
         .y = y,
         .x = x,
         .weight = &row->weight,
+        .y_dtype = step->context->backend->product_dtype,
         .M = mil_step_tokens(step),
         .ldy = row->weight.N,
         .ldx = row->weight.K,

@@ -30,7 +30,7 @@ void mil_row_place(mil_row *row, mil_arena *arena, const mil_backend *backend,
 mil_status mil_row_load(mil_row *row, mil_walk *walk, const mil_linear_names *names)
     MIL_WARN_UNUSED;
 /* y [T, H] = x [T, K] W^T + bias + LoRA, whole on every rank. */
-mil_status mil_row_forward(const mil_row *row, const mil_step *step, float *y, const uint16_t *x)
+mil_status mil_row_forward(const mil_row *row, const mil_step *step, void *y, const uint16_t *x)
     MIL_WARN_UNUSED;
 
 #ifdef __cplusplus

@@ -18,6 +18,7 @@ typedef struct reader {
     const mil_shard *shard;
     const mil_backend *backend;
     mil_source *source;
+    mil_slab staging; /* of a device that does not read the host's memory: the slab's bytes here */
     size_t window_bytes;
     char *window;     /* whole rows as the file has them */
     uint16_t *matrix; /* this rank's slice of one A or B, row-major bf16 */
@@ -162,9 +163,43 @@ static bool module_bytes(const mil_backend *backend, const mil_lora_module *modu
     return mil_add(*a_bytes, b / MIL_ALIGN * MIL_ALIGN, total);
 }
 
-/* One slab, modules in the order of the descriptors, so that each layer is one block. */
-static mil_status place_modules(mil_adapter *adapter, const mil_backend *backend)
+/* The slab; on a device of its own with the descriptors at its end, and a copy here to fill. */
+static mil_status take_slab(mil_adapter *adapter, reader *from, size_t n_bytes, size_t table_bytes)
 {
+    const mil_device *device = adapter->device;
+    adapter->device_modules = adapter->modules;
+    if (device->is_host)
+        return device->alloc(adapter->queue, &adapter->slab, n_bytes, "adapter");
+    size_t total;
+    if (!mil_add(n_bytes, table_bytes, &total))
+        return mil_fail(MIL_ERR_MEMORY, "adapter: its bytes overflow 64 bits");
+    MIL_TRY(device->alloc(adapter->queue, &adapter->slab, total, "adapter"));
+    adapter->device_modules = (const mil_lora_module *)((const char *)adapter->slab.data + n_bytes);
+    return device->alloc_host(adapter->queue, &from->staging, total, "adapter: staging");
+}
+
+/* Where the host writes what will lie at `packed`. */
+static void *to_fill(const mil_adapter *adapter, const reader *from, const void *packed)
+{
+    if (adapter->device->is_host)
+        return (void *)(uintptr_t)packed;
+    return (char *)from->staging.data + ((const char *)packed - (const char *)adapter->slab.data);
+}
+
+static mil_status send_staging(const mil_adapter *adapter, const reader *from)
+{
+    if (adapter->device->is_host)
+        return MIL_OK;
+    memcpy(to_fill(adapter, from, adapter->device_modules), adapter->modules,
+           (size_t)adapter->n_layers * MIL_N_PROJECTIONS * sizeof *adapter->modules);
+    return adapter->device->copy_in(adapter->queue, adapter->slab.data, from->staging.data,
+                                    adapter->slab.n_bytes);
+}
+
+/* One slab, modules in the order of the descriptors, so that each layer is one block. */
+static mil_status place_modules(mil_adapter *adapter, reader *from)
+{
+    const mil_backend *backend = from->backend;
     size_t n_modules = (size_t)adapter->n_layers * MIL_N_PROJECTIONS, total = 0, a_bytes, n_bytes;
     for (size_t i = 0; i < n_modules; i++) {
         if (adapter->modules[i].rank == 0)
@@ -173,7 +208,7 @@ static mil_status place_modules(mil_adapter *adapter, const mil_backend *backend
             !mil_add(total, n_bytes, &total))
             return mil_fail(MIL_ERR_MEMORY, "adapter: its bytes overflow 64 bits");
     }
-    MIL_TRY(mil_slab_init(&adapter->slab, total, "adapter"));
+    MIL_TRY(take_slab(adapter, from, total, n_modules * sizeof *adapter->modules));
     char *next = adapter->slab.data;
     for (size_t i = 0; i < n_modules; i++) {
         mil_lora_module *module = &adapter->modules[i];
@@ -255,13 +290,13 @@ static mil_status load_module(const reader *from, const mil_adapter *adapter,
 
     mil_slice a = {.n_rows = info->rank, .col_begin = slice->col_begin, .n_cols = slice->n_cols};
     MIL_TRY(read_slice(from, &found.a, info->a.name, &a));
-    from->backend->lora_pack_a((void *)module->a, from->matrix, module->in, module->rank,
-                               module->in);
+    from->backend->lora_pack_a(to_fill(adapter, from, module->a), from->matrix, module->in,
+                               module->rank, module->in);
 
     mil_slice b = {.row_begin = slice->row_begin, .n_rows = slice->n_rows, .n_cols = info->rank};
     MIL_TRY(read_slice(from, &found.b, info->b.name, &b));
-    from->backend->lora_pack_b((void *)module->b, from->matrix, module->rank, module->out,
-                               module->rank);
+    from->backend->lora_pack_b(to_fill(adapter, from, module->b), from->matrix, module->rank,
+                               module->out, module->rank);
     return MIL_OK;
 }
 
@@ -275,19 +310,21 @@ static mil_status load(mil_adapter *adapter, reader *from)
     MIL_TRY(note_modules(adapter, from));
     MIL_TRY(open_source(from));
     MIL_TRY(check_shapes(from, adapter));
-    MIL_TRY(place_modules(adapter, from->backend));
+    MIL_TRY(place_modules(adapter, from));
     for (int32_t i = 0; i < from->info->n_modules; i++)
         MIL_TRY(load_module(from, adapter, &from->info->modules[i]));
-    return MIL_OK;
+    return send_staging(adapter, from);
 }
 
 mil_status mil_adapter_init(mil_adapter *adapter, const mil_adapter_info *info,
                             const mil_config *config, const mil_shard *shard,
-                            const mil_backend *backend)
+                            const mil_backend *backend, struct mil_queue *queue)
 {
-    *adapter = (mil_adapter){.n_layers = config->n_layers};
+    *adapter =
+        (mil_adapter){.device = backend->device, .queue = queue, .n_layers = config->n_layers};
     reader from = {.info = info, .shard = shard, .backend = backend};
     mil_status status = load(adapter, &from);
+    backend->device->free_host(queue, &from.staging);
     mil_free(from.window);
     mil_free(from.matrix);
     mil_source_close(from.source);
@@ -298,7 +335,8 @@ mil_status mil_adapter_init(mil_adapter *adapter, const mil_adapter_info *info,
 
 void mil_adapter_deinit(mil_adapter *adapter)
 {
-    mil_slab_deinit(&adapter->slab);
+    if (adapter->device != NULL)
+        adapter->device->free(adapter->queue, &adapter->slab);
     mil_free(adapter->modules);
     memset(adapter, 0, sizeof *adapter);
 }

@@ -14,8 +14,11 @@ extern "C" {
 /* One rank's packed adapter: a block per layer, A and B of its modules in order, and the
  * descriptors modules[layer * MIL_N_PROJECTIONS + projection] that point into it. */
 typedef struct mil_adapter {
+    const mil_device *device; /* whose memory slab is */
+    struct mil_queue *queue;
     mil_slab slab;
-    mil_lora_module *modules; /* [n_layers * MIL_N_PROJECTIONS] */
+    mil_lora_module *modules;              /* [n_layers * MIL_N_PROJECTIONS], on the host */
+    const mil_lora_module *device_modules; /* the same where ops read it; in slab if not there */
     int32_t n_layers;
     int32_t max_padded_rank;
 } mil_adapter;
@@ -26,7 +29,7 @@ typedef struct mil_adapter {
  * names "layers.<layer>.<projection>.lora_A" and "...lora_B". */
 mil_status mil_adapter_init(mil_adapter *adapter, const mil_adapter_info *info,
                             const mil_config *config, const mil_shard *shard,
-                            const mil_backend *backend) MIL_WARN_UNUSED;
+                            const mil_backend *backend, struct mil_queue *queue) MIL_WARN_UNUSED;
 void mil_adapter_deinit(mil_adapter *adapter);
 
 #ifdef __cplusplus

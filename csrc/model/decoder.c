@@ -57,8 +57,9 @@ static size_t larger(size_t a, size_t b)
 
 void mil_activations_place(mil_activations *activations, mil_arena *arena,
                            const mil_decoder *decoder, const mil_shard *shard,
-                           const mil_plan_limits *limits)
+                           const mil_backend *backend, const mil_plan_limits *limits)
 {
+    size_t product_bytes = mil_dtype_bytes(backend->product_dtype);
     size_t n_tokens = (size_t)limits->max_tokens;
     size_t hidden = (size_t)decoder->embedding.weight.K;
     size_t ffn = (size_t)shard->ffn;
@@ -68,10 +69,10 @@ void mil_activations_place(mil_activations *activations, mil_arena *arena,
         limits->max_logit_rows < MIL_LOGIT_BLOCK ? limits->max_logit_rows : MIL_LOGIT_BLOCK;
     activations->tokens = mil_arena_take(arena, n_tokens, sizeof(int32_t));
     activations->x = mil_arena_take(arena, n_tokens * hidden, sizeof(float));
-    activations->y = mil_arena_take(arena, n_tokens * hidden, sizeof(float));
+    activations->y = mil_arena_take(arena, n_tokens * hidden, product_bytes);
     activations->h = mil_arena_take(arena, n_tokens * hidden, sizeof(uint16_t));
     activations->wide =
-        mil_arena_take(arena, n_tokens * larger(query + 2 * kv, 2 * ffn), sizeof(float));
+        mil_arena_take(arena, n_tokens * larger(query + 2 * kv, 2 * ffn), product_bytes);
     activations->narrow = mil_arena_take(
         arena, larger(2 * mil_aligned_halves(n_tokens * query), n_tokens * ffn), sizeof(uint16_t));
     /* For the largest rank there can be, so that no adapter makes a step allocate; the system gives
@@ -89,12 +90,12 @@ mil_status mil_decoder_forward(const mil_decoder *decoder, const mil_step *step,
 {
     int32_t n_tokens = mil_step_tokens(step);
     float *x = activations->x;
-    float *y = activations->y;
+    void *y = activations->y;
     uint16_t *h = activations->h;
     MIL_TRY(mil_embedding_forward(&decoder->embedding, step, x, activations->tokens));
     for (int32_t l = 0; l < decoder->n_layers; l++) {
         const mil_decoder_layer *layer = &decoder->layers[l];
-        const float *residual = l > 0 ? y : NULL;
+        const void *residual = l > 0 ? y : NULL;
         MIL_TRY(mil_norm_forward(&layer->attention_norm, step, h, x, residual, NULL, n_tokens));
         MIL_TRY(mil_attention_forward(&layer->attention, step, y, h));
         MIL_TRY(mil_norm_forward(&layer->mlp_norm, step, h, x, y, NULL, n_tokens));

@@ -44,9 +44,9 @@ mil_status mil_decoder_load(mil_decoder *decoder, mil_walk *walk) MIL_WARN_UNUSE
 typedef struct mil_activations {
     int32_t *tokens; /* [T] */
     float *x;        /* [T, H] residual stream */
-    float *y;        /* [T, H] last row-parallel result, not yet added to x */
+    void *y;         /* [T, H] of product_dtype: last row-parallel result, not yet added to x */
     uint16_t *h;     /* [T, H] */
-    float *wide;     /* as mil_step's */
+    void *wide;      /* as mil_step's */
     uint16_t *narrow;
     float *lora_v; /* [T, MIL_MAX_PARTS * MIL_MAX_LORA_RANK] */
     float *logits; /* [MIL_LOGIT_BLOCK, mil_head_ld] */
@@ -55,7 +55,7 @@ typedef struct mil_activations {
 
 void mil_activations_place(mil_activations *activations, mil_arena *arena,
                            const mil_decoder *decoder, const mil_shard *shard,
-                           const mil_plan_limits *limits);
+                           const mil_backend *backend, const mil_plan_limits *limits);
 
 /* tokens [T] -> x and y. */
 mil_status mil_decoder_forward(const mil_decoder *decoder, const mil_step *step,

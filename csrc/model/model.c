@@ -4,6 +4,7 @@
 #include "model/config.h"
 #include "model/runner.h"
 
+#include <stdio.h>
 #include <string.h>
 
 /* ---- threads ---- */
@@ -61,13 +62,15 @@ static mil_status take_weights(mil_model *model, const size_t *n_bytes)
     for (int32_t rank = 0; rank < model->world; rank++)
         if (!mil_add(total, n_bytes[rank], &total))
             total = SIZE_MAX;
-    uint64_t n_free = mil_memory_free_bytes();
+    uint64_t n_free;
+    MIL_TRY(mil_model_free_bytes(model, &n_free));
     if (total > n_free)
         return mil_fail(MIL_ERR_MEMORY, "model: weights need %zu bytes, %llu are free", total,
                         (unsigned long long)n_free);
     for (int32_t rank = 0; rank < model->world; rank++) {
         mil_slab *slab = &model->ranks[rank].slab;
-        MIL_TRY(model->backend->device->alloc(slab, n_bytes[rank], "weights"));
+        MIL_TRY(model->backend->device->alloc(model->ranks[rank].queue, slab, n_bytes[rank],
+                                              "weights"));
         (void)place_decoder(model, rank, slab->data);
     }
     return MIL_OK;
@@ -106,13 +109,33 @@ static mil_status open_weights(mil_model *model, const mil_source *source, mil_p
 
 /* ---- open and free ---- */
 
-static mil_status find_backend(const mil_backend **out, const char *device)
+/* "cpu", "cuda", "cuda:1"; NULL and "auto": CUDA where it can run, else the CPU. */
+static mil_status find_backend(mil_model *model, const char *device)
 {
-    const char *name = device == NULL || strcmp(device, "auto") == 0 ? "cpu" : device;
-    *out = mil_backend_find(name);
-    if (*out == NULL)
+    char name[16] = "";
+    int n_read = 0;
+    if (device == NULL || strcmp(device, "auto") == 0) {
+        if (mil_backend_find(&model->backend, "cuda") == MIL_OK)
+            return MIL_OK;
+        return mil_backend_find(&model->backend, "cpu");
+    }
+    int n_fields = sscanf(device, "%15[a-z]%n:%d%n", name, &n_read, &model->ordinal, &n_read);
+    bool is_known = strcmp(name, "cpu") == 0 || strcmp(name, "cuda") == 0;
+    if (n_fields < 1 || !is_known || device[n_read] != '\0' || model->ordinal < 0)
+        return mil_fail(MIL_ERR_ARGUMENT,
+                        "model: device is '%s', expected 'auto', 'cpu', 'cuda' or 'cuda:N'",
+                        device);
+    return mil_backend_find(&model->backend, name);
+}
+
+static mil_status open_queues(mil_model *model)
+{
+    if (!model->backend->device->is_host && model->world > 1)
         return mil_fail(MIL_ERR_UNSUPPORTED,
-                        "model: device is '%s', this build serves 'auto', 'cpu'", device);
+                        "model: tensor_parallel is %d on device '%s', this build serves 1 there",
+                        model->world, model->backend->device->name);
+    for (int32_t rank = 0; rank < model->world; rank++)
+        MIL_TRY(model->backend->device->open(&model->ranks[rank].queue, model->ordinal));
     return MIL_OK;
 }
 
@@ -139,6 +162,7 @@ static mil_status open_parts(mil_model *model, const mil_source *source,
                              const mil_model_options *options)
 {
     MIL_TRY(init_ranks(model));
+    MIL_TRY(open_queues(model));
     MIL_TRY(create_pools(model, options->n_threads));
     if (model->world > 1)
         MIL_TRY(mil_comm_local_create(model->comms, model->world));
@@ -150,7 +174,6 @@ static mil_status open_parts(mil_model *model, const mil_source *source,
 mil_status mil_model_open(mil_model **out, const mil_config *config,
                           const mil_checkpoint_info *checkpoint, const mil_model_options *options)
 {
-    const mil_backend *backend;
     const char *isa;
     const char *available;
     if (options->tensor_parallel < 1 || options->tensor_parallel > 1024)
@@ -161,7 +184,6 @@ mil_status mil_model_open(mil_model **out, const mil_config *config,
                         options->n_threads);
     MIL_TRY(mil_config_check(config));
     MIL_TRY(mil_cpu_isa(&isa, &available));
-    MIL_TRY(find_backend(&backend, options->device));
     mil_source *source;
     MIL_TRY(mil_source_open(&source, checkpoint));
     mil_model *model = mil_alloc(1, sizeof *model);
@@ -170,13 +192,14 @@ mil_status mil_model_open(mil_model **out, const mil_config *config,
         return mil_fail(MIL_ERR_MEMORY, "model: no memory");
     }
     model->config = *config;
-    model->backend = backend;
     model->isa = isa;
     model->world = options->tensor_parallel;
     mil_contents_init(&model->contents);
     pthread_mutex_init(&model->rope_lock, NULL);
     pthread_mutex_init(&model->step_lock, NULL);
-    mil_status status = open_parts(model, source, options);
+    mil_status status = find_backend(model, options->device);
+    if (status == MIL_OK)
+        status = open_parts(model, source, options);
     mil_source_close(source);
     if (status != MIL_OK) {
         mil_model_free(model);
@@ -191,6 +214,7 @@ void mil_model_free(mil_model *model)
     if (model == NULL)
         return;
     mil_team_free(model->team);
+    mil_contents_deinit(&model->contents);
     for (int32_t rank = 0; rank < model->world; rank++) {
         if (model->comms != NULL && model->comms[rank] != NULL)
             model->comms[rank]->ops->free(model->comms[rank]);
@@ -198,10 +222,10 @@ void mil_model_free(mil_model *model)
             mil_pool_free(model->pools[rank]);
         if (model->ranks != NULL) {
             mil_free(model->ranks[rank].decoder.layers);
-            model->backend->device->free(&model->ranks[rank].slab);
+            model->backend->device->free(model->ranks[rank].queue, &model->ranks[rank].slab);
+            model->backend->device->close(model->ranks[rank].queue);
         }
     }
-    mil_contents_deinit(&model->contents);
     mil_rope_deinit(&model->rope);
     pthread_mutex_destroy(&model->step_lock);
     pthread_mutex_destroy(&model->rope_lock);
@@ -231,6 +255,28 @@ const mil_config *mil_model_config(const mil_model *model)
     return &model->config;
 }
 
+mil_status mil_model_free_bytes(mil_model *model, uint64_t *n_free)
+{
+    const mil_device *device = model->backend->device;
+    uint64_t n_total;
+    *n_free = 0;
+    for (int32_t rank = 0; rank < model->world; rank++) {
+        uint64_t free_here;
+        MIL_TRY(device->free_bytes(model->ranks[rank].queue, &free_here, &n_total));
+        if (device->is_host) {
+            *n_free = free_here;
+            return MIL_OK;
+        }
+        *n_free += free_here;
+    }
+    return MIL_OK;
+}
+
+int32_t mil_model_default_page_size(const mil_model *model)
+{
+    return model->backend->default_page_size;
+}
+
 /* ---- adapters ---- */
 
 mil_status mil_model_add_adapter(mil_model *model, const mil_adapter_info *info, int32_t *content)
@@ -240,7 +286,8 @@ mil_status mil_model_add_adapter(mil_model *model, const mil_adapter_info *info,
     MIL_TRY(mil_content_create(&loaded, model->world));
     for (int32_t rank = 0; rank < model->world; rank++)
         MIL_TRY_GOTO(mil_adapter_init(&loaded->adapters[rank], info, &model->config,
-                                      &model->ranks[rank].shard, model->backend),
+                                      &model->ranks[rank].shard, model->backend,
+                                      model->ranks[rank].queue),
                      failed);
     MIL_TRY_GOTO(mil_contents_add(&model->contents, loaded, content), failed);
     return MIL_OK;

@@ -15,12 +15,14 @@ extern "C" {
 typedef struct mil_rank {
     mil_shard shard;
     mil_decoder decoder;
-    mil_slab slab; /* all weights, norms and biases of the decoder */
+    struct mil_queue *queue; /* its device's; NULL on the CPU */
+    mil_slab slab;           /* all weights, norms and biases of the decoder */
 } mil_rank;
 
 struct mil_model {
     mil_config config;
     const mil_backend *backend;
+    int32_t ordinal; /* of rank 0's device */
     const char *isa;
     int32_t world;
     int32_t n_threads; /* over all ranks */

@@ -1,8 +1,8 @@
 /* One driver's state on every rank of a model, and the step over it: commands, forward, sample.
  *
- * Ranks read the one plan in place: they are threads of this process. Every rank samples the same
- * token from the same logits, so nothing is sent back between steps; rank 0 alone writes results
- * out. All memory is taken at create: a step allocates nothing. */
+ * Every rank reads the one plan, the host's in place and a device's by its first op. Every rank
+ * samples the same token from the same logits, so nothing is sent back between steps; rank 0's
+ * samples are the ones read. All memory is taken at create: a step allocates nothing. */
 #include "model/runner.h"
 
 #include "base/machine.h"
@@ -11,25 +11,33 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Plans in flight. One is enough where a step has ended when mil_runner_step returns. */
-#define RING_DEPTH 1
+/* Plans that exist: the one that is filled, and those that a device may still read. */
+#define RING_DEPTH 3
+
+/* One step on its way: host memory that every rank's device reads and writes in place. */
+typedef struct ring_entry {
+    mil_plan *plan;
+    const mil_lora_module **adapters; /* [world][max_adapter_slots] as mil_begin_args has it */
+    mil_sample *samples;              /* [max_logit_rows] */
+} ring_entry;
 
 struct mil_runner {
     mil_model *model;
     mil_runner_options options;
     mil_state *states; /* [world] */
-    mil_plan *plans[RING_DEPTH];
-    uint64_t n_plans;             /* given out */
-    const mil_content **contents; /* [max_adapter_slots] that the plan's adapter sets name */
-    int32_t *sample_positions;    /* [max_logit_rows] */
-    int32_t n_positions;          /* rows of the rope tables that are ready for this runner */
+    mil_slab ring_slab;
+    ring_entry ring[RING_DEPTH];
+    uint64_t n_submitted;
+    uint64_t n_retired;
+    int32_t n_positions; /* rows of the rope tables that are ready for this runner */
+    bool has_plan;       /* given out and not submitted */
     bool is_checked;
     bool is_entered;
     bool is_dead;
     mil_thread_state thread_state;
-    /* The step that runs. */
-    mil_batch batch;
-    mil_sample *samples;
+    /* The step that is submitted. */
+    ring_entry *entry;
+    mil_batch batch; /* the host's view */
     float *logits;
 };
 
@@ -42,11 +50,12 @@ static size_t sum_of(size_t a, size_t b)
     return mil_add(a, b, &sum) ? sum : SIZE_MAX;
 }
 
-size_t mil_runner_workspace_bytes(const mil_model *model, const mil_plan_limits *limits)
+size_t mil_runner_workspace_bytes(const mil_model *model, const mil_plan_limits *limits,
+                                  int32_t page_size)
 {
     size_t total = 0;
     for (int32_t rank = 0; rank < model->world; rank++)
-        total = sum_of(total, mil_state_workspace_bytes(model, rank, limits));
+        total = sum_of(total, mil_state_workspace_bytes(model, rank, limits, page_size));
     return total;
 }
 
@@ -87,13 +96,14 @@ static mil_status check_options(const mil_runner_options *options)
     return MIL_OK;
 }
 
-static mil_status check_memory(const mil_model *model, const mil_runner_options *options)
+static mil_status check_memory(mil_model *model, const mil_runner_options *options)
 {
-    size_t workspace = mil_runner_workspace_bytes(model, &options->limits);
+    size_t workspace = mil_runner_workspace_bytes(model, &options->limits, options->page_size);
+    uint64_t n_free;
     size_t kv;
     if (!mil_mul((size_t)options->n_pages, mil_runner_page_bytes(model, options->page_size), &kv))
         kv = SIZE_MAX;
-    uint64_t n_free = mil_memory_free_bytes();
+    MIL_TRY(mil_model_free_bytes(model, &n_free));
     if (sum_of(workspace, kv) > n_free)
         return mil_fail(
             MIL_ERR_MEMORY,
@@ -102,26 +112,37 @@ static mil_status check_memory(const mil_model *model, const mil_runner_options 
     return MIL_OK;
 }
 
-static mil_status init_runner(mil_runner *runner)
+/* Deal out the ring, or measure it; returns its bytes. */
+static size_t place_ring(mil_runner *runner, void *data)
 {
     const mil_plan_limits *limits = &runner->options.limits;
+    size_t n_adapters = (size_t)runner->model->world * (size_t)limits->max_adapter_slots;
+    mil_arena arena = {.data = data};
+    for (int32_t i = 0; i < RING_DEPTH; i++) {
+        ring_entry *entry = &runner->ring[i];
+        entry->plan = mil_arena_take(&arena, mil_plan_bytes(limits), 1);
+        entry->adapters = mil_arena_take(&arena, n_adapters, sizeof *entry->adapters);
+        entry->samples =
+            mil_arena_take(&arena, (size_t)limits->max_logit_rows, sizeof *entry->samples);
+    }
+    return arena.used;
+}
+
+static mil_status init_runner(mil_runner *runner)
+{
     mil_model *model = runner->model;
+    const mil_runner_options *options = &runner->options;
     MIL_TRY(mil_alloc_checked((void **)&runner->states, (size_t)model->world, sizeof(mil_state),
                               "runner"));
-    for (int32_t i = 0; i < RING_DEPTH; i++)
-        MIL_TRY(mil_alloc_checked((void **)&runner->plans[i], mil_plan_bytes(limits), 1, "plan"));
-    MIL_TRY(mil_alloc_checked((void **)&runner->contents, (size_t)limits->max_adapter_slots,
-                              sizeof(mil_content *), "runner"));
-    MIL_TRY(mil_alloc_checked((void **)&runner->sample_positions, (size_t)limits->max_logit_rows,
-                              sizeof(int32_t), "runner"));
-    for (int32_t rank = 0; rank < model->world; rank++)
-        MIL_TRY(mil_state_init(&runner->states[rank], model, rank, &runner->options));
-    int64_t longest = (int64_t)limits->max_pages_per_seq * runner->options.page_size;
-    runner->n_positions =
-        longest < model->config.max_position ? (int32_t)longest : model->config.max_position;
+    MIL_TRY(model->backend->device->alloc_host(model->ranks[0].queue, &runner->ring_slab,
+                                               place_ring(runner, NULL), "plans"));
+    (void)place_ring(runner, runner->ring_slab.data);
+    runner->n_positions = mil_state_positions(model, &options->limits, options->page_size);
     pthread_mutex_lock(&model->rope_lock);
     mil_rope_reach(&model->rope, runner->n_positions);
     pthread_mutex_unlock(&model->rope_lock);
+    for (int32_t rank = 0; rank < model->world; rank++)
+        MIL_TRY(mil_state_init(&runner->states[rank], model, rank, options));
     return MIL_OK;
 }
 
@@ -148,12 +169,13 @@ void mil_runner_free(mil_runner *runner)
 {
     if (runner == NULL)
         return;
-    for (int32_t rank = 0; runner->states != NULL && rank < runner->model->world; rank++)
+    const mil_model *model = runner->model;
+    /* What is in flight reads what goes now; that it failed was said where it was waited for. */
+    mil_status status = model->backend->device->synchronize(model->ranks[0].queue);
+    (void)status;
+    for (int32_t rank = 0; runner->states != NULL && rank < model->world; rank++)
         mil_state_deinit(&runner->states[rank]);
-    mil_free(runner->sample_positions);
-    mil_free(runner->contents);
-    for (int32_t i = 0; i < RING_DEPTH; i++)
-        mil_free(runner->plans[i]);
+    model->backend->device->free_host(model->ranks[0].queue, &runner->ring_slab);
     mil_free(runner->states);
     mil_free(runner);
 }
@@ -186,36 +208,49 @@ static mil_status sample_block(mil_runner *runner, mil_step *step, int32_t rank,
                                int32_t n_rows)
 {
     const mil_decoder *decoder = &runner->model->ranks[rank].decoder;
+    const mil_device *device = runner->model->backend->device;
     mil_state *state = &runner->states[rank];
     size_t vocab = (size_t)runner->model->config.vocab;
     MIL_TRY(mil_decoder_logits(decoder, step, &state->activations, begin, n_rows));
     const mil_sample_args args = {
-        .out = rank == 0 && runner->samples != NULL ? runner->samples + begin : state->samples,
+        .out = state->samples + begin,
         .logits = state->activations.logits,
-        .slots_of = runner->batch.logit_slots + begin,
-        .positions = runner->sample_positions + begin,
-        .feeds = runner->batch.logit_feeds + begin,
+        .batch = step->batch,
         .slots = step->slots,
+        .first_row = begin,
         .n_rows = n_rows,
         .vocab = runner->model->config.vocab,
         .ld = mil_head_ld(&decoder->head),
     };
     MIL_TRY(runner->model->backend->sample(step->context, &args));
     for (int32_t row = 0; rank == 0 && runner->logits != NULL && row < n_rows; row++)
-        memcpy(runner->logits + (size_t)(begin + row) * vocab, args.logits + row * args.ld,
-               vocab * sizeof(float));
+        MIL_TRY(device->copy_out(step->context->queue,
+                                 runner->logits + (size_t)(begin + row) * vocab,
+                                 args.logits + row * args.ld, vocab * sizeof(float)));
     return MIL_OK;
 }
 
-static mil_status step_rank(void *argument, int32_t rank)
+static mil_status begin_step(const mil_runner *runner, mil_state *state, const mil_batch *batch,
+                             int32_t rank)
 {
-    mil_runner *runner = argument;
+    const mil_begin_args args = {
+        .plan = runner->entry->plan,
+        .batch = batch,
+        .adapters = runner->entry->adapters +
+                    (size_t)rank * (size_t)runner->options.limits.max_adapter_slots,
+        .slots = &state->slots,
+        .lora = &state->lora,
+        .kv = &state->kv,
+        .tokens = state->activations.tokens,
+        .n_heads = runner->model->ranks[rank].shard.n_heads,
+    };
+    return runner->model->backend->begin(&state->context, &args);
+}
+
+static mil_status run_batch(mil_runner *runner, mil_state *state, const mil_batch *batch,
+                            int32_t rank)
+{
     mil_model *model = runner->model;
-    mil_state *state = &runner->states[rank];
-    const mil_batch *batch = &runner->batch;
-    mil_state_apply(state, batch, runner->contents, rank);
-    if (batch->header->n_tokens == 0)
-        return MIL_OK;
     mil_step step = {
         .context = &state->context,
         .comm = model->comms[rank],
@@ -224,16 +259,14 @@ static mil_status step_rank(void *argument, int32_t rank)
         .kv = &state->kv,
         .lora = &state->lora,
         .lora_v = state->activations.lora_v,
-        .lora_rank = mil_state_lora_rank(state, batch),
-        .cos_table = model->rope.cos_table,
-        .sin_table = model->rope.sin_table,
+        .lora_rank = mil_state_lora_rank(state, &runner->batch),
+        .cos_table = state->cos_table,
+        .sin_table = state->sin_table,
         .wide = state->activations.wide,
         .narrow = state->activations.narrow,
     };
-    MIL_TRY(model->backend->gather_tokens(&state->context, state->activations.tokens, batch,
-                                          &state->slots));
     MIL_TRY(mil_decoder_forward(&model->ranks[rank].decoder, &step, &state->activations));
-    int32_t n_rows = batch->header->n_logit_rows;
+    int32_t n_rows = batch->header->bucket_logit_rows;
     for (int32_t begin = 0; begin < n_rows; begin += MIL_LOGIT_BLOCK) {
         int32_t n = n_rows - begin < MIL_LOGIT_BLOCK ? n_rows - begin : MIL_LOGIT_BLOCK;
         MIL_TRY(sample_block(runner, &step, rank, begin, n));
@@ -241,12 +274,45 @@ static mil_status step_rank(void *argument, int32_t rank)
     return MIL_OK;
 }
 
+/* Every rank chooses the same tokens from the same logits; rank 0's samples are the ones read. */
+static mil_status send_samples(const mil_runner *runner, const mil_state *state)
+{
+    size_t n_bytes = (size_t)runner->batch.header->n_logit_rows * sizeof(mil_sample);
+    return n_bytes == 0 ? MIL_OK
+                        : runner->model->backend->device->send_out(state->context.queue,
+                                                                   runner->entry->samples,
+                                                                   state->samples, n_bytes);
+}
+
+static mil_status step_rank(void *argument, int32_t rank)
+{
+    mil_runner *runner = argument;
+    const mil_device *device = runner->model->backend->device;
+    mil_state *state = &runner->states[rank];
+    mil_batch batch = runner->batch;
+    if (!device->is_host)
+        mil_plan_view_at(runner->entry->plan, state->plan, &batch);
+    MIL_TRY(begin_step(runner, state, &batch, rank));
+    if (batch.header->n_tokens > 0)
+        MIL_TRY(run_batch(runner, state, &batch, rank));
+    if (rank != 0)
+        return MIL_OK;
+    MIL_TRY(send_samples(runner, state));
+    return device->record(state->context.queue, (int32_t)(runner->n_submitted % RING_DEPTH));
+}
+
 /* ---- the step ---- */
+
+int32_t mil_runner_depth(const mil_runner *runner)
+{
+    return runner->model->backend->device->depth;
+}
 
 mil_plan *mil_runner_plan(mil_runner *runner)
 {
-    mil_plan *plan = runner->plans[runner->n_plans % RING_DEPTH];
-    mil_plan_reset(plan, &runner->options.limits, ++runner->n_plans);
+    mil_plan *plan = runner->ring[runner->n_submitted % RING_DEPTH].plan;
+    mil_plan_reset(plan, &runner->options.limits, runner->n_submitted + 1);
+    runner->has_plan = true;
     return plan;
 }
 
@@ -267,56 +333,95 @@ static mil_status check_lengths(const mil_runner *runner)
     return MIL_OK;
 }
 
+/* Where the adapter sets' descriptors lie, for every rank. */
 static mil_status find_contents(mil_runner *runner)
 {
     const mil_batch *batch = &runner->batch;
+    size_t max_slots = (size_t)runner->options.limits.max_adapter_slots;
     for (int32_t i = 0; i < batch->header->n_adapter_sets; i++) {
-        int32_t id = batch->adapter_sets[i].content;
-        runner->contents[i] = NULL;
-        if (id != MIL_NO_ADAPTER)
-            MIL_TRY(mil_contents_find(&runner->model->contents, id, &runner->contents[i]));
+        const mil_adapter_set *set = &batch->adapter_sets[i];
+        const mil_content *content = NULL;
+        if (set->content != MIL_NO_ADAPTER)
+            MIL_TRY(mil_contents_find(&runner->model->contents, set->content, &content));
+        for (int32_t rank = 0; rank < runner->model->world; rank++) {
+            runner->entry->adapters[(size_t)rank * max_slots + (size_t)i] =
+                content != NULL ? content->adapters[rank].device_modules : NULL;
+            mil_state_note_adapter(&runner->states[rank], set->adapter_slot, content, rank);
+        }
     }
     return MIL_OK;
 }
 
-/* A row's draw is counted by the index in its sequence of the token that it chooses. positions[]
- * would not do: they are what RoPE sees. */
-static void find_sample_positions(mil_runner *runner)
+/* Launches are shaped by what is there. */
+static void choose_buckets(mil_plan_header *header)
 {
-    const mil_batch *batch = &runner->batch;
-    int32_t s = 0;
-    for (int32_t i = 0; i < batch->header->n_logit_rows; i++) {
-        int32_t row = batch->logit_rows[i];
-        while (batch->query_indptr[s + 1] <= row)
-            s++;
-        runner->sample_positions[i] = batch->kv_lengths[s] - (batch->query_indptr[s + 1] - row) + 1;
-    }
+    header->bucket_seqs = header->n_seqs;
+    header->bucket_tokens = header->n_tokens;
+    header->bucket_logit_rows = header->n_logit_rows;
 }
 
-static mil_status run_step(mil_runner *runner, mil_plan *plan)
+static mil_status submit(mil_runner *runner)
 {
+    runner->entry = &runner->ring[runner->n_submitted % RING_DEPTH];
+    mil_plan *plan = runner->entry->plan;
     mil_plan_view(plan, &runner->batch);
     if (runner->is_checked) {
         MIL_TRY(mil_plan_check(plan, runner->options.n_pages, runner->model->config.vocab));
         MIL_TRY(check_lengths(runner));
     }
     MIL_TRY(find_contents(runner));
-    find_sample_positions(runner);
-    return mil_team_run(runner->model->team, step_rank, runner);
+    mil_plan_find_positions(plan);
+    choose_buckets(runner->batch.header);
+    MIL_TRY(mil_team_run(runner->model->team, step_rank, runner));
+    runner->n_submitted++;
+    return MIL_OK;
+}
+
+static mil_status check_can_step(const mil_runner *runner)
+{
+    if (runner->is_dead)
+        return mil_fail(MIL_ERR_CLOSED, "runner: an earlier step failed");
+    if (!runner->is_entered || !runner->has_plan)
+        return mil_fail(MIL_ERR_INTERNAL, "runner: found a step without %s",
+                        runner->is_entered ? "a plan" : "mil_runner_enter");
+    return MIL_OK;
+}
+
+static mil_status submit_with(mil_runner *runner, float *logits)
+{
+    MIL_TRY(check_can_step(runner));
+    runner->has_plan = false;
+    runner->logits = logits;
+    mil_status status = submit(runner);
+    runner->is_dead = status != MIL_OK;
+    return status;
+}
+
+mil_status mil_runner_submit(mil_runner *runner)
+{
+    return submit_with(runner, NULL);
+}
+
+mil_status mil_runner_wait(mil_runner *runner, const mil_sample **samples)
+{
+    if (runner->n_retired == runner->n_submitted)
+        return mil_fail(MIL_ERR_INTERNAL, "runner: found a wait with no step in flight");
+    int32_t index = (int32_t)(runner->n_retired++ % RING_DEPTH);
+    const mil_model *model = runner->model;
+    mil_status status = model->backend->device->wait(model->ranks[0].queue, index);
+    runner->is_dead = runner->is_dead || status != MIL_OK;
+    *samples = runner->ring[index].samples;
+    return status;
 }
 
 mil_status mil_runner_step(mil_runner *runner, mil_sample *samples, float *logits)
 {
-    if (runner->is_dead)
-        return mil_fail(MIL_ERR_CLOSED, "runner: an earlier step failed");
-    if (!runner->is_entered || runner->n_plans == 0)
-        return mil_fail(MIL_ERR_INTERNAL, "runner: found a step without %s",
-                        runner->is_entered ? "a plan" : "mil_runner_enter");
-    runner->samples = samples;
-    runner->logits = logits;
-    mil_status status = run_step(runner, runner->plans[(runner->n_plans - 1) % RING_DEPTH]);
-    runner->is_dead = status != MIL_OK;
-    return status;
+    const mil_sample *chosen;
+    MIL_TRY(submit_with(runner, logits));
+    MIL_TRY(mil_runner_wait(runner, &chosen));
+    if (samples != NULL)
+        memcpy(samples, chosen, (size_t)runner->batch.header->n_logit_rows * sizeof(mil_sample));
+    return MIL_OK;
 }
 
 /* ---- poison ---- */
@@ -326,5 +431,6 @@ void mil_runner_poison_page(mil_runner *runner, int32_t page)
     if (!runner->options.poison)
         return;
     for (int32_t rank = 0; rank < runner->model->world; rank++)
-        mil_state_poison(&runner->states[rank], page);
+        if (mil_state_poison(&runner->states[rank], page) != MIL_OK)
+            runner->is_dead = true;
 }

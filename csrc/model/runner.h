@@ -2,8 +2,9 @@
  * rank.
  *
  * Engine and Stepper each own a runner over a shared model; a step takes the model's step lock. One
- * runner step is: apply the plan's commands, forward, sample. Depth of the queue on the CPU: one.
- */
+ * runner step is: apply the plan's commands, forward, sample. Up to mil_runner_depth steps may be
+ * queued, the one that runs included: one where the host computes, two on a device, so that step
+ * n + 1 is filled while step n runs. */
 #pragma once
 
 #include "milpy.h"
@@ -30,16 +31,26 @@ void mil_runner_free(mil_runner *runner);
 
 /* KV bytes of one page over all ranks; workspace and activations of a runner of these limits. */
 size_t mil_runner_page_bytes(const mil_model *model, int32_t page_size);
-size_t mil_runner_workspace_bytes(const mil_model *model, const mil_plan_limits *limits);
+size_t mil_runner_workspace_bytes(const mil_model *model, const mil_plan_limits *limits,
+                                  int32_t page_size);
 
 /* Hold the step lock and the thread's state (mil_pool_enter) over one or many steps. */
 mil_status mil_runner_enter(mil_runner *runner) MIL_WARN_UNUSED;
 void mil_runner_leave(mil_runner *runner);
 
-/* The next plan to fill, reset, from the runner's ring. */
+/* Steps that may be submitted and not waited for. */
+int32_t mil_runner_depth(const mil_runner *runner);
+/* The next plan to fill, reset, from the runner's ring; the same one until it is submitted. Fewer
+ * than depth steps may be in flight. */
 mil_plan *mil_runner_plan(mil_runner *runner);
-/* Run the plan that mil_runner_plan gave last. samples [n_logit_rows], in plan order; logits
- * [n_logit_rows, V] or NULL. Needs mil_runner_enter. An error is fatal for the runner. */
+/* Queue the plan that mil_runner_plan gave last. Needs mil_runner_enter. An error, here or from
+ * mil_runner_wait, is fatal for the runner. */
+mil_status mil_runner_submit(mil_runner *runner) MIL_WARN_UNUSED;
+/* Wait for the oldest step in flight. *samples [n_logit_rows], in plan order, until the next
+ * mil_runner_submit. */
+mil_status mil_runner_wait(mil_runner *runner, const mil_sample **samples) MIL_WARN_UNUSED;
+/* Submit and wait, with nothing else in flight. samples [n_logit_rows], in plan order, and logits
+ * [n_logit_rows, V] may be NULL. */
 mil_status mil_runner_step(mil_runner *runner, mil_sample *samples, float *logits) MIL_WARN_UNUSED;
 
 void mil_runner_poison_page(mil_runner *runner, int32_t page);
@@ -47,6 +58,9 @@ void mil_runner_poison_page(mil_runner *runner, int32_t page);
 /* ---- what drivers need of a model ---- */
 
 const mil_config *mil_model_config(const mil_model *model);
+/* Memory that is free where the model's KV pages will lie, over all ranks. */
+mil_status mil_model_free_bytes(mil_model *model, uint64_t *n_free) MIL_WARN_UNUSED;
+int32_t mil_model_default_page_size(const mil_model *model);
 /* A content's reference for a request: MIL_ERR_NOT_FOUND when no such content is held. */
 mil_status mil_model_hold_adapter(mil_model *model, int32_t content) MIL_WARN_UNUSED;
 /* mil_model_release_adapter (milpy.h) drops it. */

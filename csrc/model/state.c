@@ -6,23 +6,33 @@
 
 /* ---- sizes ---- */
 
-static mil_maxima maxima_of(const mil_model *model, int32_t rank, const mil_plan_limits *limits)
+int32_t mil_state_positions(const mil_model *model, const mil_plan_limits *limits,
+                            int32_t page_size)
+{
+    int64_t longest = (int64_t)limits->max_pages_per_seq * page_size;
+    return longest < model->config.max_position ? (int32_t)longest : model->config.max_position;
+}
+
+static mil_maxima maxima_of(const mil_model *model, int32_t rank, const mil_plan_limits *limits,
+                            int32_t page_size)
 {
     const mil_config *config = &model->config;
     const mil_shard *shard = &model->ranks[rank].shard;
-    int64_t longest = (int64_t)limits->max_pages_per_seq * MIL_MAX_PAGE_SIZE;
     return (mil_maxima){
         .max_tokens = limits->max_tokens,
         .max_seqs = limits->max_seqs,
         .max_logit_rows =
             limits->max_logit_rows < MIL_LOGIT_BLOCK ? limits->max_logit_rows : MIL_LOGIT_BLOCK,
-        .max_position = longest < config->max_position ? (int32_t)longest : config->max_position,
+        .max_position = mil_state_positions(model, limits, page_size),
         .hidden = config->hidden,
         .ffn = shard->ffn,
         .vocab = config->vocab,
         .n_heads = shard->n_heads,
         .n_kv_heads = shard->n_kv_heads,
         .head_dim = config->head_dim,
+        .page_size = page_size,
+        .max_pages_per_seq = limits->max_pages_per_seq,
+        .max_adapter_slots = limits->max_adapter_slots,
         .n_threads = mil_pool_n_threads(model->pools[rank]),
     };
 }
@@ -39,34 +49,54 @@ static void place_slots(mil_slots *slots, mil_arena *arena, const mil_plan_limit
         mil_arena_take(arena, n_slots * (size_t)limits->max_pages_per_seq, sizeof(int32_t));
 }
 
+/* What a device has a copy of and the host's own ops read in place. */
+static void place_copies(mil_state *state, mil_arena *arena, const mil_model *model,
+                         const mil_plan_limits *limits, int32_t page_size)
+{
+    size_t n = (size_t)mil_state_positions(model, limits, page_size) * (size_t)model->rope.n_pairs;
+    if (model->backend->device->is_host) {
+        state->cos_table = model->rope.cos_table;
+        state->sin_table = model->rope.sin_table;
+        return;
+    }
+    state->plan = mil_arena_take(arena, mil_plan_bytes(limits), 1);
+    state->cos_table = mil_arena_take(arena, n, sizeof(float));
+    state->sin_table = mil_arena_take(arena, n, sizeof(float));
+}
+
 /* Deal out one rank's workspace, or measure it; returns its bytes. */
 static size_t place_rank(mil_state *state, void *data, const mil_model *model, int32_t rank,
-                         const mil_plan_limits *limits)
+                         const mil_plan_limits *limits, int32_t page_size)
 {
     mil_arena arena = {.data = data};
-    const mil_maxima maxima = maxima_of(model, rank, limits);
+    const mil_backend *backend = model->backend;
+    const mil_maxima maxima = maxima_of(model, rank, limits, page_size);
+    mil_context *context = &state->context;
     size_t n_adapters = (size_t)limits->max_adapter_slots;
     size_t n_modules = (size_t)model->config.n_layers * MIL_N_PROJECTIONS;
     place_slots(&state->slots, &arena, limits);
     state->lora.n_slots = limits->max_adapter_slots;
     state->lora.n_layers = model->config.n_layers;
     state->lora.modules = mil_arena_take(&arena, n_adapters * n_modules, sizeof(mil_lora_module));
-    state->padded_ranks = mil_arena_take(&arena, n_adapters, sizeof(int32_t));
-    state->samples = mil_arena_take(&arena, MIL_LOGIT_BLOCK, sizeof(mil_sample));
+    state->samples = mil_arena_take(&arena, (size_t)limits->max_logit_rows, sizeof(mil_sample));
+    place_copies(state, &arena, model, limits, page_size);
     mil_activations_place(&state->activations, &arena, &model->ranks[rank].decoder,
-                          &model->ranks[rank].shard, limits);
-    state->context.backend = model->backend;
-    state->context.pool = model->pools[rank];
-    state->context.workspace_bytes = model->backend->workspace_bytes(&maxima);
-    state->context.workspace = mil_arena_take(&arena, state->context.workspace_bytes, 1);
+                          &model->ranks[rank].shard, backend, limits);
+    context->backend = backend;
+    context->pool = model->pools[rank];
+    context->queue = model->ranks[rank].queue;
+    context->step_bytes = backend->step_bytes(&maxima);
+    context->step_data = mil_arena_take(&arena, context->step_bytes, 1);
+    context->workspace_bytes = backend->workspace_bytes(&maxima);
+    context->workspace = mil_arena_take(&arena, context->workspace_bytes, 1);
     return arena.used;
 }
 
 size_t mil_state_workspace_bytes(const mil_model *model, int32_t rank,
-                                 const mil_plan_limits *limits)
+                                 const mil_plan_limits *limits, int32_t page_size)
 {
     mil_state unused = {0};
-    return place_rank(&unused, NULL, model, rank, limits);
+    return place_rank(&unused, NULL, model, rank, limits, page_size);
 }
 
 /* K or V of one page in one layer. */
@@ -84,29 +114,51 @@ size_t mil_state_page_bytes(const mil_model *model, int32_t rank, int32_t page_s
 
 /* ---- memory ---- */
 
+static void view_pages(mil_state *state, const mil_model *model, int32_t rank,
+                       const mil_runner_options *options)
+{
+    int64_t layer_elements =
+        (int64_t)options->n_pages * (int64_t)page_elements(model, rank, options->page_size);
+    state->kv = (mil_kv){
+        .k = state->kv_slab.data,
+        .v = (uint16_t *)state->kv_slab.data + layer_elements * model->config.n_layers,
+        .layer_elements = layer_elements,
+        .n_pages = options->n_pages,
+        .page_size = options->page_size,
+        .n_kv_heads = model->ranks[rank].shard.n_kv_heads,
+        .head_dim = model->config.head_dim,
+    };
+}
+
+static mil_status copy_tables(mil_state *state, const mil_model *model, size_t n_positions)
+{
+    const mil_device *device = model->backend->device;
+    size_t n_bytes = n_positions * (size_t)model->rope.n_pairs * sizeof(float);
+    if (device->is_host)
+        return MIL_OK;
+    MIL_TRY(device->copy_in(state->context.queue, (void *)(uintptr_t)state->cos_table,
+                            model->rope.cos_table, n_bytes));
+    return device->copy_in(state->context.queue, (void *)(uintptr_t)state->sin_table,
+                           model->rope.sin_table, n_bytes);
+}
+
 mil_status mil_state_init(mil_state *state, const mil_model *model, int32_t rank,
                           const mil_runner_options *options)
 {
     const mil_device *device = model->backend->device;
     const mil_plan_limits *limits = &options->limits;
-    int32_t n_pages = options->n_pages;
+    struct mil_queue *queue = model->ranks[rank].queue;
     int32_t page_size = options->page_size;
-    MIL_TRY(device->alloc(&state->slab, place_rank(state, NULL, model, rank, limits), "workspace"));
-    (void)place_rank(state, state->slab.data, model, rank, limits);
-    MIL_TRY(device->alloc(&state->kv_slab,
-                          (size_t)n_pages * mil_state_page_bytes(model, rank, page_size),
+    size_t n_bytes = place_rank(state, NULL, model, rank, limits, page_size);
+    MIL_TRY(device->alloc(queue, &state->slab, n_bytes, "workspace"));
+    (void)place_rank(state, state->slab.data, model, rank, limits, page_size);
+    MIL_TRY(mil_alloc_checked((void **)&state->padded_ranks, (size_t)limits->max_adapter_slots,
+                              sizeof(int32_t), "runner"));
+    MIL_TRY(device->alloc(queue, &state->kv_slab,
+                          (size_t)options->n_pages * mil_state_page_bytes(model, rank, page_size),
                           "KV pages"));
-    int64_t layer_elements = (int64_t)n_pages * (int64_t)page_elements(model, rank, page_size);
-    state->kv = (mil_kv){
-        .k = state->kv_slab.data,
-        .v = (uint16_t *)state->kv_slab.data + layer_elements * model->config.n_layers,
-        .layer_elements = layer_elements,
-        .n_pages = n_pages,
-        .page_size = page_size,
-        .n_kv_heads = model->ranks[rank].shard.n_kv_heads,
-        .head_dim = model->config.head_dim,
-    };
-    return MIL_OK;
+    view_pages(state, model, rank, options);
+    return copy_tables(state, model, (size_t)mil_state_positions(model, limits, page_size));
 }
 
 void mil_state_deinit(mil_state *state)
@@ -114,52 +166,26 @@ void mil_state_deinit(mil_state *state)
     if (state->context.backend == NULL)
         return;
     const mil_device *device = state->context.backend->device;
-    device->free(&state->kv_slab);
-    device->free(&state->slab);
+    device->free(state->context.queue, &state->kv_slab);
+    device->free(state->context.queue, &state->slab);
+    mil_free(state->padded_ranks);
     memset(state, 0, sizeof *state);
 }
 
-/* ---- commands ---- */
+/* ---- a step ---- */
 
-static void apply_adapters(mil_state *state, const mil_batch *batch,
-                           const mil_content *const *contents, int32_t rank)
+void mil_state_note_adapter(mil_state *state, int32_t slot, const mil_content *content,
+                            int32_t rank)
 {
-    size_t n_modules = (size_t)state->lora.n_layers * MIL_N_PROJECTIONS;
-    for (int32_t i = 0; i < batch->header->n_adapter_sets; i++) {
-        int32_t slot = batch->adapter_sets[i].adapter_slot;
-        mil_lora_module *modules = state->lora.modules + (size_t)slot * n_modules;
-        const mil_content *content = contents[i];
-        if (content == NULL) {
-            memset(modules, 0, n_modules * sizeof *modules);
-            state->padded_ranks[slot] = 0;
-        } else {
-            memcpy(modules, content->adapters[rank].modules, n_modules * sizeof *modules);
-            state->padded_ranks[slot] = content->adapters[rank].max_padded_rank;
-        }
-    }
-}
-
-void mil_state_apply(mil_state *state, const mil_batch *batch, const mil_content *const *contents,
-                     int32_t rank)
-{
-    mil_slots *slots = &state->slots;
-    apply_adapters(state, batch, contents, rank);
-    for (int32_t i = 0; i < batch->header->n_slot_sets; i++) {
-        const mil_slot_set *set = &batch->slot_sets[i];
-        slots->last_token[set->slot] = 0;
-        slots->adapter_slot[set->slot] = set->adapter_slot;
-        slots->sampling[set->slot] = set->sampling;
-    }
-    for (int32_t i = 0; i < batch->header->n_page_sets; i++) {
-        const mil_page_set *set = &batch->page_sets[i];
-        slots->page_table[(size_t)set->slot * (size_t)slots->max_pages + (size_t)set->index] =
-            set->page;
-    }
+    state->padded_ranks[slot] = content != NULL ? content->adapters[rank].max_padded_rank : 0;
 }
 
 int32_t mil_state_lora_rank(const mil_state *state, const mil_batch *batch)
 {
+    int32_t fixed = state->context.backend->lora_v_rank;
     int32_t largest = 0;
+    if (fixed > 0)
+        return batch->header->n_segments > 0 ? fixed : 0;
     for (int32_t segment = 0; segment < batch->header->n_segments; segment++) {
         int32_t rank = state->padded_ranks[batch->segment_adapter[segment]];
         largest = rank > largest ? rank : largest;
@@ -167,13 +193,16 @@ int32_t mil_state_lora_rank(const mil_state *state, const mil_batch *batch)
     return largest;
 }
 
-void mil_state_poison(mil_state *state, int32_t page)
+mil_status mil_state_poison(mil_state *state, int32_t page)
 {
+    const mil_device *device = state->context.backend->device;
     const mil_kv *kv = &state->kv;
     int64_t n = (int64_t)kv->n_kv_heads * kv->page_size * kv->head_dim;
     for (int32_t layer = 0; layer < state->lora.n_layers; layer++) {
         int64_t begin = layer * kv->layer_elements + page * n;
-        for (int64_t i = begin; i < begin + n; i++)
-            kv->k[i] = kv->v[i] = NAN_BF16;
+        struct mil_queue *queue = state->context.queue;
+        MIL_TRY(device->fill_16(queue, kv->k + begin, NAN_BF16, (size_t)n));
+        MIL_TRY(device->fill_16(queue, kv->v + begin, NAN_BF16, (size_t)n));
     }
+    return MIL_OK;
 }

@@ -1,5 +1,5 @@
-/* What one rank of a runner holds: slots, LoRA table, activations, workspace and KV pages. Its
- * memory is two slabs, sized before they are taken; commands of a plan are applied here. */
+/* What one rank of a runner holds on its device: slots, LoRA table, activations, workspace and KV
+ * pages. Its memory is two slabs, sized before they are taken. */
 #pragma once
 
 #include "model/model.h"
@@ -16,30 +16,38 @@ typedef struct mil_state {
     mil_activations activations;
     mil_slots slots;
     mil_lora_table lora;
-    int32_t *padded_ranks; /* [max_adapter_slots] largest of what lies in that slot of lora */
-    mil_sample *samples;   /* [MIL_LOGIT_BLOCK] of ranks whose samples nobody reads */
+    mil_sample *samples;    /* [max_logit_rows] */
+    void *plan;             /* where the device does not read the host's: its copy */
+    const float *cos_table; /* the model's, or a copy of what this runner reaches */
+    const float *sin_table;
     mil_kv kv;
+    int32_t
+        *padded_ranks; /* [max_adapter_slots] on the host: largest that the slot of lora holds */
 } mil_state;
 
 /* Bytes of a state but for its pages; SIZE_MAX where they overflow. */
 size_t mil_state_workspace_bytes(const mil_model *model, int32_t rank,
-                                 const mil_plan_limits *limits);
+                                 const mil_plan_limits *limits, int32_t page_size);
+/* Positions that a sequence can reach under these limits. */
+int32_t mil_state_positions(const mil_model *model, const mil_plan_limits *limits,
+                            int32_t page_size);
 /* KV bytes of one page, all layers. */
 size_t mil_state_page_bytes(const mil_model *model, int32_t rank, int32_t page_size);
 
-/* Of checked options. On failure mil_state_deinit gives back what was taken. */
+/* Of checked options; the model's rope tables must reach as far as mil_state_positions. On failure
+ * mil_state_deinit gives back what was taken. */
 mil_status mil_state_init(mil_state *state, const mil_model *model, int32_t rank,
                           const mil_runner_options *options) MIL_WARN_UNUSED;
 void mil_state_deinit(mil_state *state);
 
-/* Apply the batch's commands. contents [n_adapter_sets]: what its adapter sets name, NULL to clear.
- */
-void mil_state_apply(mil_state *state, const mil_batch *batch, const mil_content *const *contents,
-                     int32_t rank);
-/* The largest padded LoRA rank that the batch's segments use; 0: none. */
+/* Note on the host what an adapter slot will hold; content NULL: nothing. */
+void mil_state_note_adapter(mil_state *state, int32_t slot, const mil_content *content,
+                            int32_t rank);
+/* v_part_stride of the batch's LoRA (host's view of it): its largest padded rank, or the backend's
+ * fixed one; 0: no row of it has an adapter. */
 int32_t mil_state_lora_rank(const mil_state *state, const mil_batch *batch);
 /* Fill a page with NaN, in all layers. */
-void mil_state_poison(mil_state *state, int32_t page);
+mil_status mil_state_poison(mil_state *state, int32_t page) MIL_WARN_UNUSED;
 
 #ifdef __cplusplus
 }

@@ -4,8 +4,11 @@
  * layers make those, and mil_plan_check sees a plan's indices. Plain ops each have a test. A
  * composed slot may be NULL: ops.c then composes it from plain ones with the same result.
  *
- * Buffers are 64-byte aligned and do not overlap unless said. Every op runs on the rank's stream,
- * in order, reads counts from the batch, and allocates nothing. */
+ * Buffers are 64-byte aligned and do not overlap unless said. Every op runs on the rank's queue, in
+ * order, and allocates nothing. The batch's buckets (batch->header, on the host) shape a launch;
+ * its counts are read where the op runs (batch->counts), so that a captured launch serves any batch
+ * of its bucket: rows past the counts may hold anything and write nothing that outlives the step.
+ */
 #pragma once
 
 #include "base/memory.h"
@@ -18,16 +21,39 @@ extern "C" {
 
 struct mil_backend;
 struct mil_pool;
+struct mil_queue;
+struct mil_graph;
 
-/* What an op runs on: one rank's device state. Workspace is the op's to scribble on while it runs.
- */
+/* What an op runs on: one rank's device state. Workspace is the op's to scribble on while it runs;
+ * step_data is what `begin` leaves for the other ops of its step. */
 typedef struct mil_context {
     const struct mil_backend *backend;
-    struct mil_pool *pool; /* CPU */
-    void *stream;          /* CUDA; NULL */
+    struct mil_pool *pool;   /* CPU; else NULL */
+    struct mil_queue *queue; /* a device's streams and handles; NULL on the CPU */
     void *workspace;
     size_t workspace_bytes;
+    void *step_data;
+    size_t step_bytes;
+    bool is_deterministic; /* batch mates must not change a row's bits; the CPU's never do */
 } mil_context;
+
+/* Take a plan over, as the first op of a step: apply its commands (adapter slots, sequence slots,
+ * page-table entries, in array order), gather the token ids of its batch (chunks' from the plan,
+ * decode rows' from their slots, 0 in the padding of the bucket), and note in step_data what later
+ * ops want to know of the batch once for all layers. Where the device does not read host memory in
+ * place, this is also what copies the plan to where batch's arrays lie. */
+typedef struct mil_begin_args {
+    const mil_plan *plan; /* as the host filled it, in memory that the device can read */
+    const mil_batch *batch;
+    /* [n_adapter_sets] descriptors of one content for this rank, [L][MIL_N_PROJECTIONS], where the
+     * device reads them; NULL clears the slot. The array itself is host memory like the plan. */
+    const mil_lora_module *const *adapters;
+    const mil_slots *slots;
+    const mil_lora_table *lora;
+    const mil_kv *kv;
+    int32_t *tokens; /* [bucket_tokens] */
+    int32_t n_heads; /* query heads of this rank */
+} mil_begin_args;
 
 /* out[t] = scale * weight[token] as float32; zeros where the token is outside this rank's rows. */
 typedef struct mil_embed_args {
@@ -42,23 +68,24 @@ typedef struct mil_embed_args {
 /* x += residual (where given), then out = x / sqrt(mean(x^2) + eps) * (weight_offset + weight),
  * rounded to bfloat16 once. RMSNorm: Zhang and Sennrich 2019. */
 typedef struct mil_norm_args {
-    uint16_t *out;         /* [rows, H] bf16; NULL: only add */
-    float *x;              /* [T, H], updated where residual is given */
-    const float *residual; /* [T, H] or NULL */
-    const float *weight;   /* [H] */
-    const int32_t *rows;   /* [n_rows] rows of x to read (out row i is x row rows[i]); NULL: all */
+    uint16_t *out;        /* [rows, H] bf16; NULL: only add */
+    float *x;             /* [T, H], updated where residual is given */
+    const void *residual; /* [T, H] of the backend's product_dtype, or NULL */
+    const float *weight;  /* [H] */
+    const int32_t *rows;  /* [n_rows] rows of x to read (out row i is x row rows[i]); NULL: all */
     int32_t n_rows;
     int32_t hidden;
     float eps;
     float weight_offset; /* 0 */
 } mil_norm_args;
 
-/* y = x W^T (+ bias). One fp32 chain for each output: k pairs ascending, in a pair the odd element
- * first, each an fma; then the bias is added. */
+/* y = x W^T (+ bias), accumulated in fp32. On the CPU one chain for each output: k pairs ascending,
+ * in a pair the odd element first, each an fma; then the bias is added. */
 typedef struct mil_linear_args {
-    float *y;          /* [M, ldy] */
+    void *y;           /* [M, ldy] of y_dtype */
     const uint16_t *x; /* [M, ldx] bf16 */
     const mil_weight *weight;
+    mil_dtype y_dtype; /* the backend's product_dtype, or F32 for logits */
     int32_t M;
     int64_t ldy; /* >= N */
     int64_t ldx; /* >= K */
@@ -86,11 +113,12 @@ typedef struct mil_lora_shrink_args {
     int64_t ldx;
 } mil_lora_shrink_args;
 
-/* y[row, columns of part p] += v B^T: one fp32 chain from 0 over r ascending (v stays fp32, B is
- * widened), then one add to y. Columns of part p are the weight's packed rows of that part. */
+/* y[row, columns of part p] += v B^T, y of the backend's product_dtype: one fp32 sum over r (on the
+ * CPU a chain from 0, r ascending; v stays fp32, B is widened), one add to y, one rounding to its
+ * dtype. Columns of part p are the weight's packed rows of that part. */
 typedef struct mil_lora_expand_args {
     mil_lora_args lora;
-    float *y; /* [T, ldy] */
+    void *y; /* [T, ldy] */
     int64_t ldy;
     const mil_weight *weight; /* for its parts and interleave only */
 } mil_lora_expand_args;
@@ -99,7 +127,7 @@ typedef struct mil_lora_expand_args {
  * RoPE: Su et al. 2021, halves as Hugging Face lays them out (pairs d, d + rotary_dim / 2). */
 typedef struct mil_rope_write_args {
     uint16_t *q;            /* [T, N * D] bf16 */
-    const float *qkv;       /* [T, (N + 2 K) * D], q then k then v */
+    const void *qkv;        /* [T, (N + 2 K) * D] of product_dtype, q then k then v */
     const float *cos_table; /* [max_position, rotary_dim / 2] */
     const float *sin_table;
     const mil_batch *batch;
@@ -130,8 +158,8 @@ typedef enum mil_activation { MIL_ACTIVATION_SILU = 0 } mil_activation;
 
 /* out = act(gate) * up, rounded to bfloat16 once. SwiGLU: Shazeer 2020. */
 typedef struct mil_act_args {
-    uint16_t *out;        /* [T, F] bf16 */
-    const float *gate_up; /* [T, 2 F], in the weight's packed row order */
+    uint16_t *out;       /* [T, F] bf16 */
+    const void *gate_up; /* [T, 2 F] of product_dtype, in the weight's packed row order */
     int32_t n_tokens;
     int32_t ffn;        /* F of this rank */
     int32_t interleave; /* as the weight's */
@@ -146,12 +174,12 @@ typedef struct mil_act_args {
  * (the smallest set of best tokens whose probability reaches top_p, at least one), then one draw.
  */
 typedef struct mil_sample_args {
-    mil_sample *out;          /* [n_rows] */
-    float *logits;            /* [n_rows, ld]; kept */
-    const int32_t *slots_of;  /* [n_rows] slots, for the parameters */
-    const int32_t *positions; /* [n_rows] position of the token being chosen: the draw's counter */
-    const int32_t *feeds;     /* [n_rows] as mil_batch.logit_feeds */
-    mil_slots *slots;         /* last_token is written where feeds */
+    mil_sample *out; /* [n_rows], on the device */
+    float *logits;   /* [n_rows, ld]; kept. Row i is the batch's logit row first_row + i */
+    const mil_batch *batch;
+    mil_slots
+        *slots; /* parameters of logit_slots; last_token is written where logit_feeds says so */
+    int32_t first_row;
     int32_t n_rows;
     int32_t vocab;
     int64_t ld;
@@ -163,26 +191,66 @@ typedef struct mil_maxima {
     int32_t max_position;
     int32_t hidden, ffn, vocab; /* of this rank */
     int32_t n_heads, n_kv_heads, head_dim;
+    int32_t page_size, max_pages_per_seq;
+    int32_t max_adapter_slots;
     int32_t n_threads;
 } mil_maxima;
 
+/* One device's calls. Copies and fills are ordered with the ops of their queue. A message names the
+ * device, what was asked for, and what there is. */
 typedef struct mil_device {
-    const char *name; /* "cpu" */
-    mil_status (*alloc)(mil_slab *slab, size_t n_bytes, const char *what);
-    void (*free)(mil_slab *slab);
-    mil_status (*copy_in)(mil_context *context, void *device, const void *host, size_t n_bytes);
-    mil_status (*copy_out)(mil_context *context, void *host, const void *device, size_t n_bytes);
-    mil_status (*synchronize)(mil_context *context);
-    /* Events, streams and graphs come with the CUDA backend; NULL on the CPU, whose queue is one.
-     */
+    const char *name; /* "cpu", "cuda" */
+    /* Device memory is host memory, and a step has ended when its last op returns. */
+    bool is_host;
+    int32_t depth; /* steps that may be queued at once, the running one included */
+
+    /* A queue on device `ordinal`: streams, handles, events. NULL out and MIL_OK on the CPU. */
+    mil_status (*open)(struct mil_queue **out, int32_t ordinal);
+    void (*close)(struct mil_queue *queue);
+    mil_status (*free_bytes)(struct mil_queue *queue, uint64_t *n_free, uint64_t *n_total);
+
+    /* Zeroed device memory. */
+    mil_status (*alloc)(struct mil_queue *queue, mil_slab *slab, size_t n_bytes, const char *what);
+    void (*free)(struct mil_queue *queue, mil_slab *slab);
+    /* Zeroed host memory that the device reads and writes in place. */
+    mil_status (*alloc_host)(struct mil_queue *queue, mil_slab *slab, size_t n_bytes,
+                             const char *what);
+    void (*free_host)(struct mil_queue *queue, mil_slab *slab);
+
+    /* Both return when the copy is done. */
+    mil_status (*copy_in)(struct mil_queue *queue, void *device, const void *host, size_t n_bytes);
+    mil_status (*copy_out)(struct mil_queue *queue, void *host, const void *device, size_t n_bytes);
+    /* Returns at once; host is alloc_host's and stays valid. */
+    mil_status (*send_out)(struct mil_queue *queue, void *host, const void *device, size_t n_bytes);
+    /* n 16-bit words of device memory. */
+    mil_status (*fill_16)(struct mil_queue *queue, void *device, uint16_t word, size_t n);
+    mil_status (*synchronize)(struct mil_queue *queue);
+
+    /* Fence `index` (0 .. MIL_N_FENCES - 1) of the queue: record it after what was queued so far,
+     * wait on the host until that has run. An asynchronous fault of the device surfaces here. */
+    mil_status (*record)(struct mil_queue *queue, int32_t index);
+    mil_status (*wait)(struct mil_queue *queue, int32_t index);
+
+    /* Between begin and end, ops are noted and not run. NULL where there are no graphs. */
+    mil_status (*capture_begin)(struct mil_queue *queue);
+    mil_status (*capture_end)(struct mil_queue *queue, struct mil_graph **out);
+    mil_status (*graph_launch)(struct mil_queue *queue, struct mil_graph *graph);
+    void (*graph_free)(struct mil_queue *queue, struct mil_graph *graph);
 } mil_device;
+
+#define MIL_N_FENCES 4
 
 typedef struct mil_backend {
     const char *name; /* "cpu" */
     const mil_device *device;
     int32_t default_page_size;
     int32_t lora_rank_multiple; /* 16 on the CPU */
-    int32_t gate_up_interleave; /* how this backend wants gate and up merged: 16 on the CPU */
+    int32_t gate_up_interleave; /* how this backend wants gate and up merged: 16 on the CPU, 8 on
+                                   CUDA */
+    mil_dtype product_dtype;    /* of what a product hands to the next op: F32 on the CPU, BF16 on
+                                   CUDA */
+    mil_weight_format weight_format;
+    int32_t lora_v_rank; /* v_part_stride of every step; 0: the largest rank in its batch */
     const void *kernels; /* the backend's own: what its ops run on (CPU: one instruction set) */
 
     /* ---- weights ---- */
@@ -201,9 +269,8 @@ typedef struct mil_backend {
 
     /* ---- step ---- */
     size_t (*workspace_bytes)(const mil_maxima *maxima);
-    /* Token ids of the batch: chunks' from the plan, decode rows' from their slots. tokens: [T]. */
-    mil_status (*gather_tokens)(mil_context *, int32_t *tokens, const mil_batch *,
-                                const mil_slots *);
+    size_t (*step_bytes)(const mil_maxima *maxima); /* of step_data */
+    mil_status (*begin)(mil_context *, const mil_begin_args *);
     mil_status (*embed)(mil_context *, const mil_embed_args *);
     mil_status (*norm)(mil_context *, const mil_norm_args *);
     mil_status (*linear)(mil_context *, const mil_linear_args *);
@@ -220,9 +287,13 @@ typedef struct mil_backend {
                               const mil_act_args *);
 } mil_backend;
 
-/* The table for "cpu" (later "cuda"), NULL for an unknown name. Chooses the instruction set once.
- */
-const mil_backend *mil_backend_find(const char *device);
+/* The table for "cpu" or "cuda". MIL_ERR_ARGUMENT for another name; MIL_ERR_DEVICE with the reason
+ * where this build or this machine cannot serve it. */
+mil_status mil_backend_find(const mil_backend **out, const char *device) MIL_WARN_UNUSED;
+
+/* What mil_backend_find chooses among. */
+mil_status mil_cpu_backend_find(const mil_backend **out) MIL_WARN_UNUSED;
+mil_status mil_cuda_backend_find(const mil_backend **out) MIL_WARN_UNUSED;
 
 /* Instruction sets: the one in use, and all that run here, best first, space-separated.
  * MIL_ERR_ARGUMENT when MILPY_CPU_ISA names one that is unknown or that this machine lacks. */

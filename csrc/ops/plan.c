@@ -26,6 +26,7 @@ static size_t lay_out(const mil_plan_limits *limits, char *plan, mil_batch *batc
 {
     cursor at = {plan, 0};
     batch->header = take(&at, 1, sizeof *batch->header);
+    batch->counts = batch->header;
     batch->adapter_sets = take(&at, limits->max_adapter_slots, sizeof *batch->adapter_sets);
     batch->slot_sets = take(&at, limits->max_seqs, sizeof *batch->slot_sets);
     batch->page_sets = take(&at, limits->max_page_sets, sizeof *batch->page_sets);
@@ -37,6 +38,7 @@ static size_t lay_out(const mil_plan_limits *limits, char *plan, mil_batch *batc
     batch->logit_rows = take(&at, limits->max_logit_rows, sizeof(int32_t));
     batch->logit_slots = take(&at, limits->max_logit_rows, sizeof(int32_t));
     batch->logit_feeds = take(&at, limits->max_logit_rows, sizeof(int32_t));
+    batch->logit_positions = take(&at, limits->max_logit_rows, sizeof(int32_t));
     batch->segment_indptr = take(&at, limits->max_adapter_slots + 1, sizeof(int32_t));
     batch->segment_adapter = take(&at, limits->max_adapter_slots, sizeof(int32_t));
     batch->lora_rows = take(&at, limits->max_tokens, sizeof(int32_t));
@@ -54,6 +56,25 @@ void mil_plan_view(mil_plan *plan, mil_batch *batch)
     (void)lay_out(&plan->header.limits, (char *)plan, batch);
 }
 
+void mil_plan_view_at(mil_plan *plan, void *device_copy, mil_batch *batch)
+{
+    (void)lay_out(&plan->header.limits, device_copy, batch);
+    batch->header = &plan->header;
+}
+
+void mil_plan_find_positions(mil_plan *plan)
+{
+    mil_batch batch;
+    mil_plan_view(plan, &batch);
+    int32_t s = 0;
+    for (int32_t i = 0; i < batch.header->n_logit_rows; i++) {
+        int32_t row = batch.logit_rows[i];
+        while (batch.query_indptr[s + 1] <= row)
+            s++;
+        batch.logit_positions[i] = batch.kv_lengths[s] - (batch.query_indptr[s + 1] - row) + 1;
+    }
+}
+
 void mil_plan_reset(mil_plan *plan, const mil_plan_limits *limits, uint64_t step)
 {
     memset(&plan->header, 0, sizeof plan->header);
@@ -61,6 +82,7 @@ void mil_plan_reset(mil_plan *plan, const mil_plan_limits *limits, uint64_t step
     plan->header.step = step;
     plan->header.bucket_seqs = limits->max_seqs;
     plan->header.bucket_tokens = limits->max_tokens;
+    plan->header.bucket_logit_rows = limits->max_logit_rows;
     mil_batch batch;
     mil_plan_view(plan, &batch);
     batch.query_indptr[0] = 0;

@@ -59,15 +59,17 @@ typedef struct mil_plan_header {
     int32_t n_segments;  /* G */
     int32_t n_lora_rows; /* segment_indptr[G] */
     /* Buckets, which shape launches: >= the counts. */
-    int32_t bucket_seqs, bucket_tokens;
+    int32_t bucket_seqs, bucket_tokens, bucket_logit_rows;
 } mil_plan_header;
 
 /* The header, then the arrays of mil_batch in their order, each aligned to 64 bytes. */
 typedef struct mil_plan mil_plan;
 
-/* Every pointer lies inside the plan. Writers fill through the same view. */
+/* A view of a plan. Writers fill through it on the host, where every pointer lies inside the plan;
+ * ops read through it where they run. */
 typedef struct mil_batch {
-    mil_plan_header *header;
+    mil_plan_header *header;       /* on the host: buckets, and counts for host code */
+    const mil_plan_header *counts; /* the same, where ops run */
     mil_adapter_set *adapter_sets; /* [max_adapter_slots] */
     mil_slot_set *slot_sets;       /* [max_seqs] */
     mil_page_set *page_sets;       /* [max_page_sets] */
@@ -79,6 +81,9 @@ typedef struct mil_batch {
     int32_t *logit_rows;           /* [n_logit_rows], ascending rows of T whose logits are wanted */
     int32_t *logit_slots;          /* [n_logit_rows], the slot that samples there */
     int32_t *logit_feeds; /* [n_logit_rows], 1: the sampled token becomes the slot's last token */
+    int32_t
+        *logit_positions;     /* [n_logit_rows], index in its sequence of the token to choose: the
+                                 draw's counter. positions[] would not do: they are what RoPE sees */
     int32_t *segment_indptr;  /* [G + 1], into lora_rows */
     int32_t *segment_adapter; /* [G], adapter slots, each once */
     int32_t *lora_rows;       /* [n_lora_rows], rows of T; base rows are in no segment */
@@ -89,6 +94,10 @@ size_t mil_plan_bytes(const mil_plan_limits *limits);
  */
 void mil_plan_reset(mil_plan *plan, const mil_plan_limits *limits, uint64_t step);
 void mil_plan_view(mil_plan *plan, mil_batch *batch);
+/* As mil_plan_view, with the arrays and counts in a copy of the plan on the device. */
+void mil_plan_view_at(mil_plan *plan, void *device_copy, mil_batch *batch);
+/* Write logit_positions from the rest of the batch. */
+void mil_plan_find_positions(mil_plan *plan);
 /* Every index of the plan against the limits and n_pages; MIL_ERR_INTERNAL names the first bad one.
  * Run on every plan under MILPY_CHECK=1 and in test builds. */
 mil_status mil_plan_check(mil_plan *plan, int32_t n_pages, int32_t vocab) MIL_WARN_UNUSED;

@@ -54,7 +54,28 @@ static void fake_lora_pack_b(void *packed, const uint16_t *b, int64_t stride, in
     fake_lora_pack(packed, b, stride, out, rank, rank);
 }
 
+static mil_status fake_alloc(struct mil_queue *queue, mil_slab *slab, size_t n_bytes,
+                             const char *what)
+{
+    (void)queue;
+    return mil_slab_init(slab, n_bytes, what);
+}
+
+static void fake_give_back(struct mil_queue *queue, mil_slab *slab)
+{
+    (void)queue;
+    mil_slab_deinit(slab);
+}
+
+static const mil_device fake_host = {.name = "fake",
+                                     .is_host = true,
+                                     .alloc = fake_alloc,
+                                     .free = fake_give_back,
+                                     .alloc_host = fake_alloc,
+                                     .free_host = fake_give_back};
+
 static const mil_backend fake_backend = {.name = "fake",
+                                         .device = &fake_host,
                                          .lora_rank_multiple = 16,
                                          .packed_bytes = fake_packed_bytes,
                                          .pack = fake_pack,

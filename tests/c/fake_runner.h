@@ -4,6 +4,7 @@
 
 #include "fake_device.h"
 
+#include "base/machine.h"
 #include "base/memory.h"
 #include "model/runner.h"
 
@@ -16,6 +17,7 @@ struct mil_model {
     atomic_int n_held[16]; /* references of contents 0..15; the rest are not there */
     atomic_int n_entered;  /* runners inside */
     atomic_int n_plans;    /* given out */
+    int32_t depth;         /* of its runners' queues */
     uint64_t fail_at;      /* this step fails */
     uint64_t count_from;   /* allocator calls are counted from this step */
     uint64_t count_to;     /* to this one */
@@ -25,18 +27,22 @@ struct mil_model {
     void *context;
 };
 
+#define FAKE_RING 3
+
 struct mil_runner {
     mil_model *model;
     mil_runner_options options;
     fake_device device;
-    mil_plan *plan;
-    uint64_t step;
+    mil_plan *plans[FAKE_RING];
+    mil_sample *samples[FAKE_RING];
+    uint64_t n_submitted;
+    uint64_t n_retired;
 };
 
 #define FAKE_VOCAB 24
 
-static const mil_model FAKE_MODEL = {.config = {.vocab = FAKE_VOCAB, .max_position = 96},
-                                     .page_bytes = 1000};
+static const mil_model FAKE_MODEL = {
+    .config = {.vocab = FAKE_VOCAB, .max_position = 96}, .page_bytes = 1000, .depth = 1};
 
 const mil_config *mil_model_config(const mil_model *model)
 {
@@ -64,26 +70,38 @@ size_t mil_runner_page_bytes(const mil_model *model, int32_t page_size)
     return model->page_bytes * (size_t)page_size / 16;
 }
 
-size_t mil_runner_workspace_bytes(const mil_model *model, const mil_plan_limits *limits)
+size_t mil_runner_workspace_bytes(const mil_model *model, const mil_plan_limits *limits,
+                                  int32_t page_size)
 {
     (void)model;
+    (void)page_size;
     return (size_t)limits->max_tokens * 100;
+}
+
+static void fake_ring_free(mil_runner *runner)
+{
+    for (int32_t i = 0; i < FAKE_RING; i++) {
+        mil_free(runner->plans[i]);
+        mil_free(runner->samples[i]);
+    }
+    mil_free(runner);
 }
 
 mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)
 {
     void *block;
-    void *plan;
-    MIL_TRY(mil_alloc_checked(&plan, 1, mil_plan_bytes(&options->limits), "fake plan"));
-    mil_status status = mil_alloc_checked(&block, 1, sizeof(mil_runner), "fake runner");
-    if (status != MIL_OK) {
-        mil_free(plan);
-        return status;
-    }
+    MIL_TRY(mil_alloc_checked(&block, 1, sizeof(mil_runner), "fake runner"));
     mil_runner *runner = block;
+    for (int32_t i = 0; i < FAKE_RING; i++) {
+        runner->plans[i] = mil_alloc(1, mil_plan_bytes(&options->limits));
+        runner->samples[i] = mil_alloc((size_t)options->limits.max_logit_rows, sizeof(mil_sample));
+        if (runner->plans[i] == NULL || runner->samples[i] == NULL) {
+            fake_ring_free(runner);
+            return mil_fail(MIL_ERR_MEMORY, "fake runner: no memory");
+        }
+    }
     runner->model = model;
     runner->options = *options;
-    runner->plan = plan;
     fake_device_init(&runner->device, &options->limits, options->n_pages, options->page_size,
                      model->config.vocab);
     *out = runner;
@@ -95,8 +113,7 @@ void mil_runner_free(mil_runner *runner)
     if (runner == NULL)
         return;
     fake_device_deinit(&runner->device);
-    mil_free(runner->plan);
-    mil_free(runner);
+    fake_ring_free(runner);
 }
 
 mil_status mil_runner_enter(mil_runner *runner)
@@ -112,24 +129,70 @@ void mil_runner_leave(mil_runner *runner)
 
 mil_plan *mil_runner_plan(mil_runner *runner)
 {
-    mil_plan_reset(runner->plan, &runner->options.limits, ++runner->step);
+    mil_plan *plan = runner->plans[runner->n_submitted % FAKE_RING];
+    mil_plan_reset(plan, &runner->options.limits, runner->n_submitted + 1);
     runner->model->n_plans++;
-    return runner->plan;
+    return plan;
+}
+
+mil_status mil_model_free_bytes(mil_model *model, uint64_t *n_free)
+{
+    (void)model;
+    *n_free = mil_memory_free_bytes();
+    return MIL_OK;
+}
+
+int32_t mil_model_default_page_size(const mil_model *model)
+{
+    (void)model;
+    return 16;
+}
+
+int32_t mil_runner_depth(const mil_runner *runner)
+{
+    return runner->model->depth;
+}
+
+/* Runs at once, as a fast device might. */
+static mil_status fake_run(mil_runner *runner, float *logits)
+{
+    mil_model *model = runner->model;
+    size_t at = runner->n_submitted % FAKE_RING;
+    mil_plan *plan = runner->plans[at];
+    uint64_t step = ++runner->n_submitted;
+    if (step == model->count_from)
+        model->calls_before = mil_memory_calls();
+    if (step == model->count_to)
+        model->calls_between = mil_memory_calls() - model->calls_before;
+    if (model->on_step != NULL)
+        model->on_step(model->context, plan);
+    if (step == model->fail_at)
+        return mil_fail(MIL_ERR_DEVICE, "fake device: step %d caught fire", (int)step);
+    MIL_TRY(mil_plan_check(plan, runner->options.n_pages, model->config.vocab));
+    fake_device_run(&runner->device, plan, runner->samples[at], logits);
+    return MIL_OK;
+}
+
+mil_status mil_runner_submit(mil_runner *runner)
+{
+    return fake_run(runner, NULL);
+}
+
+mil_status mil_runner_wait(mil_runner *runner, const mil_sample **samples)
+{
+    *samples = runner->samples[runner->n_retired++ % FAKE_RING];
+    return MIL_OK;
 }
 
 mil_status mil_runner_step(mil_runner *runner, mil_sample *samples, float *logits)
 {
-    mil_model *model = runner->model;
-    if (runner->step == model->count_from)
-        model->calls_before = mil_memory_calls();
-    if (runner->step == model->count_to)
-        model->calls_between = mil_memory_calls() - model->calls_before;
-    if (model->on_step != NULL)
-        model->on_step(model->context, runner->plan);
-    if (runner->step == model->fail_at)
-        return mil_fail(MIL_ERR_DEVICE, "fake device: step %d caught fire", (int)runner->step);
-    MIL_TRY(mil_plan_check(runner->plan, runner->options.n_pages, model->config.vocab));
-    fake_device_run(&runner->device, runner->plan, samples, logits);
+    mil_batch batch;
+    const mil_sample *chosen;
+    mil_plan_view(runner->plans[runner->n_submitted % FAKE_RING], &batch);
+    MIL_TRY(fake_run(runner, logits));
+    MIL_TRY(mil_runner_wait(runner, &chosen));
+    if (samples != NULL)
+        memcpy(samples, chosen, (size_t)batch.header->n_logit_rows * sizeof *chosen);
     return MIL_OK;
 }
 

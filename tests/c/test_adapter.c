@@ -67,7 +67,7 @@ static mil_status init_on(mil_adapter *adapter, const rig *r, int32_t rank, int3
 {
     mil_shard shard;
     CHECK_INT(mil_shard_init(&shard, &config, rank, world), MIL_OK);
-    return mil_adapter_init(adapter, &r->info, &config, &shard, &fake_backend);
+    return mil_adapter_init(adapter, &r->info, &config, &shard, &fake_backend, NULL);
 }
 
 /* Element (row, col) of one of the files' tensors as bf16. */
@@ -232,7 +232,8 @@ TEST(an_adapter_of_another_base_is_refused_whole)
     mil_shard shard;
     mil_adapter adapter;
     CHECK_INT(mil_shard_init(&shard, &other, 0, 1), MIL_OK);
-    CHECK_INT(mil_adapter_init(&adapter, &r.info, &other, &shard, &fake_backend), MIL_ERR_SHAPE);
+    CHECK_INT(mil_adapter_init(&adapter, &r.info, &other, &shard, &fake_backend, NULL),
+              MIL_ERR_SHAPE);
     CHECK(
         strstr(mil_status_message(), "'2.down_proj.lora_B' has shape [96, 5], expected [128, 5]"));
     checkpoint_free(&r.files);

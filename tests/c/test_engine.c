@@ -39,13 +39,20 @@ static int32_t draw(bench *b, int32_t n)
     return (int32_t)(b->random >> 33) % n;
 }
 
-static void open_bench(bench *b, const mil_engine_options *options)
+/* depth: steps that the device queues, the running one included. */
+static void open_deep_bench(bench *b, const mil_engine_options *options, int32_t depth)
 {
     memset(b, 0, sizeof *b);
     b->model = FAKE_MODEL;
+    b->model.depth = depth;
     for (int32_t i = 0; i < 4; i++)
         b->model.n_held[i] = 1;
     CHECK_INT(mil_engine_create(&b->engine, &b->model, options), MIL_OK);
+}
+
+static void open_bench(bench *b, const mil_engine_options *options)
+{
+    open_deep_bench(b, options, 1);
 }
 
 static void *run_engine(void *argument)
@@ -156,10 +163,10 @@ static void check_answers(const bench *b)
 
 /* ---- answers ---- */
 
-TEST(each_request_gets_its_own_answer_whatever_runs_beside_it)
+static void run_traffic(int32_t depth)
 {
     static bench b;
-    open_bench(&b, &SMALL);
+    open_deep_bench(&b, &SMALL, depth);
     start(&b);
     for (int32_t i = 0; i < 120; i++) {
         int32_t n_prompt = 1 + draw(&b, 50);
@@ -172,6 +179,16 @@ TEST(each_request_gets_its_own_answer_whatever_runs_beside_it)
     mil_engine_stats_get(b.engine, &stats);
     CHECK(stats.n_preemptions > 0 && stats.n_steps > 0 && stats.n_generated_tokens > 500);
     close_bench(&b, MIL_OK);
+}
+
+TEST(each_request_gets_its_own_answer_whatever_runs_beside_it)
+{
+    run_traffic(1);
+}
+
+TEST(the_answers_are_the_same_where_a_step_is_queued_behind_the_running_one)
+{
+    run_traffic(2);
 }
 
 TEST(a_slow_poller_loses_nothing)

@@ -548,7 +548,7 @@ TEST(sizes_told_beforehand_are_sizes_taken_and_all_comes_back)
     CHECK_INT(dummy_open(&model, &config, 2, 2), MIL_OK);
     /* Layers x (K and V) x kv heads x rows x head_dim x bf16. */
     CHECK_INT(mil_runner_page_bytes(model, 32), 3 * 2 * 2 * 32 * 32 * 2);
-    CHECK(mil_runner_workspace_bytes(model, &options.limits) > 32 * 128 * 10);
+    CHECK(mil_runner_workspace_bytes(model, &options.limits, 32) > 32 * 128 * 10);
     size_t held = mil_memory_held_bytes();
     mil_status status = MIL_ERR_MEMORY;
     for (uint64_t k = 1; status != MIL_OK; k++) {

@@ -104,7 +104,7 @@ def test_a_spoilt_model_is_named_and_nothing_is_held(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"device": "cuda"}, ConfigError, 'device is "cuda", expected auto or cpu'),
+        ({"device": "tpu"}, ConfigError, 'device is "tpu", expected auto, cpu, cuda or cuda:N'),
         ({"dtype": "float16"}, ConfigError, 'dtype is "float16", expected .*not built yet'),
         ({"dtype": "float32"}, ConfigError, 'dtype is "float32", expected .*not built yet'),
         ({"load_format": "pt"}, ConfigError, 'load_format is "pt", expected auto or dummy'),

@@ -85,7 +85,7 @@ mil_status shim_linear(shim *s, float *y, const uint16_t *x, const shim_weight *
                        int64_t ldy, int64_t ldx)
 {
     mil_weight weight = view_weight(from);
-    mil_linear_args args = {y, x, &weight, M, ldy, ldx};
+    mil_linear_args args = {y, x, &weight, MIL_DTYPE_F32, M, ldy, ldx};
     MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->linear(&s->context, &args));
 }
@@ -124,10 +124,12 @@ static void view(viewed *to, float *y, const uint16_t *x, const shim_weight *wei
                                    .n_segments = from->n_segments,
                                    .n_lora_rows = from->indptr[from->n_segments]};
     to->batch = (mil_batch){.header = &to->header,
+                            .counts = &to->header,
                             .segment_indptr = from->indptr,
                             .segment_adapter = from->adapter,
                             .lora_rows = from->rows};
-    to->linear = (mil_linear_args){y, x, &to->weight, from->n_tokens, weight->N, weight->K};
+    to->linear =
+        (mil_linear_args){y, x, &to->weight, MIL_DTYPE_F32, from->n_tokens, weight->N, weight->K};
     to->lora = (mil_lora_args){.batch = &to->batch,
                                .table = &to->table,
                                .n_parts = n_parts,

@@ -38,8 +38,13 @@ typedef struct viewed {
 static void view(viewed *to, const shim_batch *from)
 {
     *to = (viewed){
-        .header = {.n_seqs = from->n_seqs, .n_decode = from->n_decode, .n_tokens = from->n_tokens},
+        .header = {.n_seqs = from->n_seqs,
+                   .n_decode = from->n_decode,
+                   .n_tokens = from->n_tokens,
+                   .bucket_seqs = from->n_seqs,
+                   .bucket_tokens = from->n_tokens},
         .batch = {.header = &to->header,
+                  .counts = &to->header,
                   .seq_slot = from->seq_slot,
                   .query_indptr = from->query_indptr,
                   .kv_lengths = from->kv_lengths,
@@ -116,8 +121,9 @@ mil_status shim_gather_tokens(shim *s, int32_t *tokens, const shim_batch *batch)
     viewed v;
     view(&v, batch);
     MIL_TRY(shim_enter(s));
-    return shim_leave(s,
-                      s->context.backend->gather_tokens(&s->context, tokens, &v.batch, &v.slots));
+    mil_begin_args args = {
+        .batch = &v.batch, .slots = &v.slots, .lora = &(mil_lora_table){0}, .tokens = tokens};
+    return shim_leave(s, s->context.backend->begin(&s->context, &args));
 }
 
 mil_status shim_sample(shim *s, mil_sample *out, float *logits, const int32_t *slots_of,
@@ -126,7 +132,13 @@ mil_status shim_sample(shim *s, mil_sample *out, float *logits, const int32_t *s
                        int64_t ld)
 {
     mil_slots slots = {.n_slots = n_slots, .last_token = last_token, .sampling = sampling};
-    mil_sample_args args = {out, logits, slots_of, positions, feeds, &slots, n_rows, vocab, ld};
+    mil_plan_header header = {.n_logit_rows = n_rows, .bucket_logit_rows = n_rows};
+    mil_batch batch = {.header = &header,
+                       .counts = &header,
+                       .logit_slots = (int32_t *)(uintptr_t)slots_of,
+                       .logit_positions = (int32_t *)(uintptr_t)positions,
+                       .logit_feeds = (int32_t *)(uintptr_t)feeds};
+    mil_sample_args args = {out, logits, &batch, &slots, 0, n_rows, vocab, ld};
     MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->sample(&s->context, &args));
 }

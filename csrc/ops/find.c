@@ -1,0 +1,17 @@
+/* The one place that knows which backends a build has. */
+#include "ops/backend.h"
+
+#include <string.h>
+
+mil_status mil_backend_find(const mil_backend **out, const char *device)
+{
+    if (strcmp(device, "cpu") == 0)
+        return mil_cpu_backend_find(out);
+    if (strcmp(device, "cuda") != 0)
+        return mil_fail(MIL_ERR_ARGUMENT, "device is \"%s\", expected \"cpu\" or \"cuda\"", device);
+#ifdef MIL_WITH_CUDA
+    return mil_cuda_backend_find(out);
+#else
+    return mil_fail(MIL_ERR_DEVICE, "this build has no CUDA (MILPY_CUDA=0 or no nvcc found)");
+#endif
+}

@@ -2,16 +2,16 @@
  *
  *   x [M, ldx] bf16, W [N][K] bf16 row-major, bias [N] fp32 or NULL, y [M, ldy] bf16 or fp32
  *
- * K is cut into mil_cuda_product_splits(N, K) splits. An output is, in each split, one fp32 accumulator
- * that mma.sync.m16n8k16 adds to, 16 k at a time and ascending, and then the sum of its splits in
- * order; the bias is added in fp32 and the result is rounded once. Both kernels below follow this with
- * weights as operand A and rows of x as operand B, so M, the tile and the place in it leave the bits
- * alone.
+ * K is cut into mil_cuda_product_splits(N, K) splits. An output is, in each split, one fp32
+ * accumulator that mma.sync.m16n8k16 adds to, 16 k at a time and ascending, and then the sum of its
+ * splits in order; the bias is added in fp32 and the result is rounded once. Both kernels below
+ * follow this with weights as operand A and rows of x as operand B, so M, the tile and the place in
+ * it leave the bits alone.
  *
- * Few rows are bound by the weights' bytes: they are streamed once, past L2's other contents, through
- * a ring of cp.async stages; blocks enough to keep some 64 KiB per SM in flight all run at once, so that
- * no wave is left over. The weights' first stages are fetched before the previous kernel has ended.
- * Many rows are bound by flops: a plain tile of 128 x 128. Not measured yet. */
+ * Few rows are bound by the weights' bytes: they are streamed once, past L2's other contents,
+ * through a ring of cp.async stages; blocks enough to keep some 64 KiB per SM in flight all run at
+ * once, so that no wave is left over. The weights' first stages are fetched before the previous
+ * kernel has ended. Many rows are bound by flops: a plain tile of 128 x 128. Not measured yet. */
 #include "kernels/product.h"
 
 #include "kernels/common.cuh"
@@ -20,16 +20,16 @@
 #define STEP 64
 /* 16-byte chunks of a row in one stage. */
 #define CHUNKS (STEP / 8)
-/* Two blocks or so per SM of a large GPU, in tiles of 64 weights. A constant: bits may not depend on
- * the device. */
+/* Two blocks or so per SM of a large GPU, in tiles of 64 weights. A constant: bits may not depend
+ * on the device. */
 #define MIN_TILE 64
 #define WANTED_BLOCKS 288
 /* Below this a split spends its time on filling the ring. */
 #define MIN_SPLIT_STEPS 8
 #define MAX_SPLITS 8
 #define FEW_ROWS 64
-/* Where K is split, a second pass over the weights costs less than leaving SMs idle with large tiles
- * (reckoned from bytes and flops). */
+/* Where K is split, a second pass over the weights costs less than leaving SMs idle with large
+ * tiles (reckoned from bytes and flops). */
 #define MAX_PASSES 3
 
 #define FEW_THREADS 128
@@ -57,8 +57,8 @@ typedef struct product {
 
 /* ---- shared memory ---- */
 
-/* Element of a stage's tile, [rows][STEP], where chunk `chunk` of a row begins. Chunks of 8 rows that
- * ldmatrix reads together lie in different banks. */
+/* Element of a stage's tile, [rows][STEP], where chunk `chunk` of a row begins. Chunks of 8 rows
+ * that ldmatrix reads together lie in different banks. */
 static __device__ __forceinline__ int place(int row, int chunk)
 {
     return row * STEP + (chunk ^ (row & 7)) * 8;
@@ -84,8 +84,8 @@ static __device__ __forceinline__ void copy_singly(uint16_t *shared, const uint1
         shared[i] = i < n ? row[i] : 0;
 }
 
-/* k of one step of `rows` rows into one stage: rows first .. of the n_rows at `from`, zeros past the
- * last row and past K. A thread keeps its chunk and takes every n_threads / CHUNKS-th row. */
+/* k of one step of `rows` rows into one stage: rows first .. of the n_rows at `from`, zeros past
+ * the last row and past K. A thread keeps its chunk and takes every n_threads / CHUNKS-th row. */
 enum how { HOW_ONCE, HOW_KEPT, HOW_SINGLY };
 template <int rows, int n_threads, how kind>
 static __device__ __forceinline__ void fetch(uint16_t *stage, const uint16_t *from, int64_t stride,
@@ -132,8 +132,8 @@ static __device__ __forceinline__ int split_begin(const product &p, int split)
     return (int)((int64_t)p.n_steps * split / p.n_splits);
 }
 
-/* One stage: acc[m][n] += the warp's 16 m_tiles weights from w_row on, times 8 n_tiles rows of x from
- * x_row on. k ascends; the order of m and n does not matter. */
+/* One stage: acc[m][n] += the warp's 16 m_tiles weights from w_row on, times 8 n_tiles rows of x
+ * from x_row on. k ascends; the order of m and n does not matter. */
 template <int m_tiles, int n_tiles>
 static __device__ __forceinline__ void multiply(float (&acc)[m_tiles][n_tiles][4],
                                                 const uint16_t *w, int w_row, const uint16_t *x,
@@ -148,8 +148,8 @@ static __device__ __forceinline__ void multiply(float (&acc)[m_tiles][n_tiles][4
             mil_ldmatrix4(a[m], w + place(w_row + m * 16 + lane % 16, k16 * 2 + lane / 16));
 #pragma unroll
         for (int n = 0; n < n_tiles / 2; n++)
-            mil_ldmatrix4(b[n], x + place(x_row + n * 16 + lane / 16 * 8 + lane % 8,
-                                          k16 * 2 + lane / 8 % 2));
+            mil_ldmatrix4(
+                b[n], x + place(x_row + n * 16 + lane / 16 * 8 + lane % 8, k16 * 2 + lane / 8 % 2));
 #pragma unroll
         for (int m = 0; m < m_tiles; m++)
 #pragma unroll
@@ -180,7 +180,8 @@ static __device__ __forceinline__ void store(const product &p, int row, int colu
         ((uint16_t *)p.y)[at] = mil_round(sum);
 }
 
-/* Grid (tiles of weights, splits). Four warps, each with a quarter of the tile's weights and all rows. */
+/* Grid (tiles of weights, splits). Four warps, each with a quarter of the tile's weights and all
+ * rows. */
 template <int tile, int rows, int n_stages>
 static __global__ void __launch_bounds__(FEW_THREADS) few_rows_kernel(const product p)
 {
@@ -262,7 +263,8 @@ static __global__ void combine_kernel(const product p)
     store(p, row, column, sum);
 }
 
-/* Tile of weights and of x of block `id`: groups of MANY_GROUP tiles of x, weights in turn in each. */
+/* Tile of weights and of x of block `id`: groups of MANY_GROUP tiles of x, weights in turn in each.
+ */
 static __device__ __forceinline__ void many_tiles(const product &p, int64_t id, int *w_tile,
                                                   int *x_tile)
 {
@@ -416,8 +418,8 @@ static mil_status few_rows(const mil_queue *queue, const product &p)
                       dim3(256), 0, p);
 }
 
-/* Stages: four blocks of tiles of 64 fit on an SM with 227 KiB, two of 128; every kernel here fits one
- * with 99 KiB. Large tiles halve how often x is read, which counts from some 64 rows on. */
+/* Stages: four blocks of tiles of 64 fit on an SM with 227 KiB, two of 128; every kernel here fits
+ * one with 99 KiB. Large tiles halve how often x is read, which counts from some 64 rows on. */
 static mil_status few_rows_pass(const mil_queue *queue, const product &p)
 {
     if (p.M <= 16)
@@ -441,7 +443,8 @@ static mil_status few_rows_passes(const mil_queue *queue, product p)
     return MIL_OK;
 }
 
-template <bool is_quick> static mil_status many_rows(const mil_queue *queue, const product &p)
+template <bool is_quick>
+static mil_status many_rows(const mil_queue *queue, const product &p)
 {
     constexpr size_t n_bytes = (size_t)MANY_STAGES * 2 * MANY_TILE * STEP * sizeof(uint16_t);
     static_assert(n_bytes >= (size_t)MANY_TILE * TURNED_STRIDE * sizeof(float), "the turned tile");

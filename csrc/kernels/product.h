@@ -1,5 +1,5 @@
-/* Our own product, y = x W^T (+ bias): any shape, and a row's bits depend on nothing but the row and
- * the weight. linear.cu chooses between it and cuBLASLt. */
+/* Our own product, y = x W^T (+ bias): any shape, and a row's bits depend on nothing but the row
+ * and the weight. linear.cu chooses between it and cuBLASLt. */
 #pragma once
 
 #include "kernels/cuda.h"

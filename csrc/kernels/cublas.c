@@ -1,0 +1,396 @@
+/* cuBLASLt's symbols, and the table of its algorithms.
+ *
+ * Refuses to time anything. Row-major y = x W^T is, column-major, y' [N, M] = (W' [K, N])^T x' [K,
+ * M]: the library sees W as its A (transposed), x as its B, y as C and D. */
+#include "kernels/cublas.h"
+
+#include <cublasLt.h>
+
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+
+#define PATH_BYTES 1024
+/* What NVIDIA recommends for Hopper. */
+#define WORKSPACE_BYTES ((size_t)32 << 20)
+/* Kinds of product met: some 5 weights, 30 buckets, two dtypes. A table three quarters full is
+ * emptied, for callers whose shapes never repeat. */
+#define N_ENTRIES 1024
+#define MAX_ENTRIES (N_ENTRIES / 4 * 3)
+/* Of buffers as the library is told: ours are 64-byte aligned. */
+#define MOST_ALIGNMENT 64
+#define LEAST_ALIGNMENT 16
+
+#define SYMBOLS(X)                                                                                 \
+    X(Create)                                                                                      \
+    X(Destroy)                                                                                     \
+    X(GetVersion)                                                                                  \
+    X(GetStatusName)                                                                               \
+    X(Matmul)                                                                                      \
+    X(MatmulAlgoCheck)                                                                             \
+    X(MatmulAlgoGetHeuristic)                                                                      \
+    X(MatmulDescCreate)                                                                            \
+    X(MatmulDescDestroy)                                                                           \
+    X(MatmulDescSetAttribute)                                                                      \
+    X(MatrixLayoutCreate)                                                                          \
+    X(MatrixLayoutDestroy)                                                                         \
+    X(MatrixLayoutSetAttribute)                                                                    \
+    X(MatmulPreferenceCreate)                                                                      \
+    X(MatmulPreferenceDestroy)                                                                     \
+    X(MatmulPreferenceSetAttribute)
+
+typedef struct library {
+#define FIELD(name) __typeof__(&cublasLt##name) name;
+    SYMBOLS(FIELD)
+#undef FIELD
+    char path[PATH_BYTES];
+} library;
+
+/* What an algorithm is chosen by. */
+typedef struct lt_key {
+    int32_t N, K, rows; /* rows: a bucket, or one M that its bucket's algorithm does not take */
+    int64_t ldy, ldx;
+    mil_dtype y_dtype;
+    bool has_bias;
+    int32_t in_alignment, y_alignment;
+} lt_key;
+
+typedef struct lt_entry {
+    lt_key key;
+    bool is_used;
+    bool is_served; /* there is an algorithm */
+    int32_t M;      /* that the layouts are for and the algorithm takes; 0: none */
+    cublasLtMatmulAlgo_t algo;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t w, x, y;
+} lt_entry;
+
+struct mil_cublas {
+    library lib;
+    cublasLtHandle_t handle;
+    cublasLtMatmulPreference_t preference;
+    void *workspace[2]; /* of the stream, of the side stream */
+    int32_t n_entries;
+    lt_entry entries[N_ENTRIES];
+};
+
+/* ---- create ---- */
+
+static mil_status resolve(void *to, void *handle, const char *symbol)
+{
+    void *address = dlsym(handle, symbol);
+    if (address == NULL)
+        return mil_fail(MIL_ERR_DEVICE, "cuda: libcublasLt has no %s, expected version 12 or 13",
+                        symbol);
+    memcpy(to, &address, sizeof address);
+    return MIL_OK;
+}
+
+/* The library stays loaded until the process ends: its kernels are registered with the driver. */
+static mil_status load(library *lib)
+{
+    static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12", NULL};
+    void *handle;
+    Dl_info info;
+    MIL_TRY(mil_cuda_library_open(&handle, "MILPY_CUBLASLT", names));
+#define RESOLVE(name) MIL_TRY(resolve(&lib->name, handle, "cublasLt" #name));
+    SYMBOLS(RESOLVE)
+#undef RESOLVE
+    if (dladdr(dlsym(handle, "cublasLtCreate"), &info) != 0 && info.dli_fname != NULL)
+        (void)snprintf(lib->path, sizeof lib->path, "%s", info.dli_fname);
+    return MIL_OK;
+}
+
+static mil_status answer(const struct mil_cublas *cublas, cublasStatus_t found, const char *call)
+{
+    if (found == CUBLAS_STATUS_SUCCESS)
+        return MIL_OK;
+    (void)cudaGetLastError();
+    return mil_fail(found == CUBLAS_STATUS_ALLOC_FAILED ? MIL_ERR_MEMORY : MIL_ERR_DEVICE,
+                    "cuda: cublasLt%s: %s (%s, version %lld)", call,
+                    cublas->lib.GetStatusName(found), cublas->lib.path,
+                    (long long)mil_cublas_version(cublas));
+}
+
+#define LT_TRY(cublas, name, ...) MIL_TRY(answer((cublas), (cublas)->lib.name(__VA_ARGS__), #name))
+
+static mil_status set_preference(struct mil_cublas *cublas, cublasLtMatmulPreferenceAttributes_t at,
+                                 const void *value, size_t n_bytes)
+{
+    LT_TRY(cublas, MatmulPreferenceSetAttribute, cublas->preference, at, value, n_bytes);
+    return MIL_OK;
+}
+
+static mil_status fill(struct mil_cublas *cublas)
+{
+    uint64_t workspace = WORKSPACE_BYTES;
+    /* One chain, or splits that are kept and summed in float32. */
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    MIL_TRY(load(&cublas->lib));
+    LT_TRY(cublas, Create, &cublas->handle);
+    LT_TRY(cublas, MatmulPreferenceCreate, &cublas->preference);
+    MIL_TRY(set_preference(cublas, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                           sizeof workspace));
+    MIL_TRY(set_preference(cublas, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction,
+                           sizeof reduction));
+    for (int32_t i = 0; i < 2; i++)
+        MIL_TRY(mil_cuda_status(cudaMalloc(&cublas->workspace[i], WORKSPACE_BYTES),
+                                "32 MiB of workspace for cublasLt"));
+    return MIL_OK;
+}
+
+mil_status mil_cublas_create(struct mil_cublas **out, mil_queue *queue)
+{
+    struct mil_cublas *cublas;
+    (void)queue; /* its device is current */
+    MIL_TRY(mil_alloc_checked((void **)&cublas, 1, sizeof *cublas, "cublasLt's table"));
+    mil_status status = fill(cublas);
+    if (status == MIL_OK)
+        *out = cublas;
+    else
+        mil_cublas_free(cublas);
+    return status;
+}
+
+static void empty(struct mil_cublas *cublas)
+{
+    const library *lib = &cublas->lib;
+    for (int32_t i = 0; i < N_ENTRIES; i++) {
+        lt_entry *entry = &cublas->entries[i];
+        if (entry->desc != NULL)
+            (void)lib->MatmulDescDestroy(entry->desc);
+        if (entry->w != NULL)
+            (void)lib->MatrixLayoutDestroy(entry->w);
+        if (entry->x != NULL)
+            (void)lib->MatrixLayoutDestroy(entry->x);
+        if (entry->y != NULL)
+            (void)lib->MatrixLayoutDestroy(entry->y);
+    }
+    memset(cublas->entries, 0, sizeof cublas->entries);
+    cublas->n_entries = 0;
+}
+
+void mil_cublas_free(struct mil_cublas *cublas)
+{
+    if (cublas == NULL)
+        return;
+    empty(cublas);
+    if (cublas->preference != NULL)
+        (void)cublas->lib.MatmulPreferenceDestroy(cublas->preference);
+    if (cublas->handle != NULL)
+        (void)cublas->lib.Destroy(cublas->handle);
+    for (int32_t i = 0; i < 2; i++)
+        (void)cudaFree(cublas->workspace[i]);
+    (void)cudaGetLastError();
+    mil_free(cublas);
+}
+
+int64_t mil_cublas_version(const struct mil_cublas *cublas)
+{
+    return (int64_t)cublas->lib.GetVersion();
+}
+
+const char *mil_cublas_path(const struct mil_cublas *cublas)
+{
+    return cublas->lib.path;
+}
+
+/* ---- the table ---- */
+
+static int32_t round_up(int32_t value, int32_t multiple)
+{
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+int32_t mil_cublas_bucket(int32_t M)
+{
+    int32_t power = 1;
+    while (power < M && power < 16)
+        power *= 2;
+    if (M <= 16)
+        return power;
+    int32_t multiple = M <= 128 ? 16 : M <= 512 ? 64 : M <= 2048 ? 256 : 1024;
+    return M > INT32_MAX - multiple ? M : round_up(M, multiple);
+}
+
+static int32_t alignment_of(uintptr_t bits)
+{
+    bits |= MOST_ALIGNMENT;
+    return (int32_t)(bits & (~bits + 1));
+}
+
+static lt_key key_of(const mil_cublas_product *p, int32_t rows)
+{
+    return (lt_key){
+        .N = p->N,
+        .K = p->K,
+        .rows = rows,
+        .ldy = p->ldy,
+        .ldx = p->ldx,
+        .y_dtype = p->y_dtype,
+        .has_bias = p->bias != NULL,
+        .in_alignment = alignment_of((uintptr_t)p->x | (uintptr_t)p->w),
+        .y_alignment = alignment_of((uintptr_t)p->y),
+    };
+}
+
+static bool is_same(const lt_key *a, const lt_key *b)
+{
+    return a->N == b->N && a->K == b->K && a->rows == b->rows && a->ldy == b->ldy &&
+           a->ldx == b->ldx && a->y_dtype == b->y_dtype && a->has_bias == b->has_bias &&
+           a->in_alignment == b->in_alignment && a->y_alignment == b->y_alignment;
+}
+
+/* Where the key is, or the empty place for it. */
+static lt_entry *look(struct mil_cublas *cublas, const lt_key *key)
+{
+    uint32_t at = (uint32_t)key->N * 0x9E3779B1u ^ (uint32_t)key->K * 0x85EBCA77u ^
+                  (uint32_t)key->rows * 0xC2B2AE3Du;
+    at ^= at >> 15;
+    while (cublas->entries[at % N_ENTRIES].is_used &&
+           !is_same(&cublas->entries[at % N_ENTRIES].key, key))
+        at++;
+    return &cublas->entries[at % N_ENTRIES];
+}
+
+static cudaDataType_t type_of(mil_dtype dtype)
+{
+    return dtype == MIL_DTYPE_F32 ? CUDA_R_32F : CUDA_R_16BF;
+}
+
+static mil_status set_desc(struct mil_cublas *cublas, lt_entry *entry,
+                           cublasLtMatmulDescAttributes_t at, const void *value, size_t n_bytes)
+{
+    LT_TRY(cublas, MatmulDescSetAttribute, entry->desc, at, value, n_bytes);
+    return MIL_OK;
+}
+
+static mil_status set_bias(struct mil_cublas *cublas, lt_entry *entry, const void *bias)
+{
+    return set_desc(cublas, entry, CUBLASLT_MATMUL_DESC_BIAS_POINTER, (const void *)&bias,
+                    sizeof bias);
+}
+
+static mil_status describe(struct mil_cublas *cublas, lt_entry *entry, const void *bias)
+{
+    const lt_key *key = &entry->key;
+    int32_t transposed = CUBLAS_OP_T;
+    uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    int32_t bias_type = type_of(key->y_dtype);
+    uint64_t N = (uint64_t)key->N, K = (uint64_t)key->K, rows = (uint64_t)key->rows;
+    LT_TRY(cublas, MatmulDescCreate, &entry->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    MIL_TRY(set_desc(cublas, entry, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed));
+    LT_TRY(cublas, MatrixLayoutCreate, &entry->w, CUDA_R_16BF, K, N, (int64_t)K);
+    LT_TRY(cublas, MatrixLayoutCreate, &entry->x, CUDA_R_16BF, K, rows, key->ldx);
+    LT_TRY(cublas, MatrixLayoutCreate, &entry->y, type_of(key->y_dtype), N, rows, key->ldy);
+    if (!key->has_bias)
+        return MIL_OK;
+    MIL_TRY(set_desc(cublas, entry, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    MIL_TRY(
+        set_desc(cublas, entry, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type));
+    return set_bias(cublas, entry, bias);
+}
+
+static mil_status set_alignments(struct mil_cublas *cublas, const lt_key *key)
+{
+    uint32_t in = (uint32_t)key->in_alignment, y = (uint32_t)key->y_alignment;
+    MIL_TRY(set_preference(cublas, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &in, sizeof in));
+    MIL_TRY(set_preference(cublas, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &in, sizeof in));
+    MIL_TRY(set_preference(cublas, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &y, sizeof y));
+    return set_preference(cublas, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &y, sizeof y);
+}
+
+/* The library's first choice. None is no error. */
+static mil_status choose(struct mil_cublas *cublas, lt_entry *entry, const void *bias)
+{
+    cublasLtMatmulHeuristicResult_t result;
+    int n_results = 0;
+    MIL_TRY(describe(cublas, entry, bias));
+    MIL_TRY(set_alignments(cublas, &entry->key));
+    cublasStatus_t found = cublas->lib.MatmulAlgoGetHeuristic(
+        cublas->handle, entry->desc, entry->w, entry->x, entry->y, entry->y, cublas->preference, 1,
+        &result, &n_results);
+    if (found != CUBLAS_STATUS_NOT_SUPPORTED)
+        MIL_TRY(answer(cublas, found, "MatmulAlgoGetHeuristic"));
+    entry->is_served =
+        found == CUBLAS_STATUS_SUCCESS && n_results > 0 && result.state == CUBLAS_STATUS_SUCCESS;
+    if (entry->is_served) {
+        entry->algo = result.algo;
+        entry->M = entry->key.rows;
+    }
+    return MIL_OK;
+}
+
+static mil_status find(struct mil_cublas *cublas, lt_entry **out, const mil_cublas_product *p,
+                       int32_t rows)
+{
+    lt_key key = key_of(p, rows);
+    lt_entry *entry = look(cublas, &key);
+    *out = entry;
+    if (entry->is_used)
+        return MIL_OK;
+    if (cublas->n_entries == MAX_ENTRIES) {
+        empty(cublas);
+        *out = entry = look(cublas, &key);
+    }
+    entry->key = key;
+    entry->is_used = true;
+    cublas->n_entries++;
+    return choose(cublas, entry, p->bias);
+}
+
+/* Make the entry's layouts be of M rows; false where its algorithm does not take that many. */
+static bool takes(struct mil_cublas *cublas, lt_entry *entry, int32_t M)
+{
+    const library *lib = &cublas->lib;
+    cublasLtMatmulHeuristicResult_t result;
+    uint64_t rows = (uint64_t)M;
+    if (!entry->is_served || entry->M == M)
+        return entry->is_served;
+    cublasStatus_t x =
+        lib->MatrixLayoutSetAttribute(entry->x, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows);
+    cublasStatus_t y =
+        lib->MatrixLayoutSetAttribute(entry->y, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows);
+    cublasStatus_t check = lib->MatmulAlgoCheck(cublas->handle, entry->desc, entry->w, entry->x,
+                                                entry->y, entry->y, &entry->algo, &result);
+    bool is_taken = x == CUBLAS_STATUS_SUCCESS && y == CUBLAS_STATUS_SUCCESS &&
+                    check == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE_BYTES;
+    entry->M = is_taken ? M : 0;
+    return is_taken;
+}
+
+/* ---- run ---- */
+
+static bool is_aligned(const mil_cublas_product *p)
+{
+    uintptr_t addresses = (uintptr_t)p->x | (uintptr_t)p->w | (uintptr_t)p->bias;
+    return addresses % LEAST_ALIGNMENT == 0 && p->K % 8 == 0 && p->ldx % 8 == 0;
+}
+
+mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *p, bool *is_served)
+{
+    static const float one = 1, zero = 0;
+    struct mil_cublas *cublas = queue->cublas;
+    lt_entry *entry;
+    *is_served = false;
+    if (cublas == NULL || p->M <= 0 || !is_aligned(p))
+        return MIL_OK;
+    MIL_TRY(find(cublas, &entry, p, mil_cublas_bucket(p->M)));
+    if (!takes(cublas, entry, p->M))
+        MIL_TRY(find(cublas, &entry, p, p->M));
+    if (!takes(cublas, entry, p->M))
+        return MIL_OK;
+    if (p->bias != NULL)
+        MIL_TRY(set_bias(cublas, entry, p->bias));
+    LT_TRY(cublas, Matmul, cublas->handle, entry->desc, &one, p->w, entry->w, p->x, entry->x, &zero,
+           p->y, entry->y, p->y, entry->y, &entry->algo, cublas->workspace[p->is_side],
+           WORKSPACE_BYTES, p->is_side ? queue->side : queue->stream);
+    *is_served = true;
+    return MIL_OK;
+}
+
+mil_status mil_cublas_warm(mil_queue *queue, const mil_cublas_product *product)
+{
+    bool is_served;
+    return mil_cublas_run(queue, product, &is_served);
+}

@@ -1,0 +1,53 @@
+/* cuBLASLt, found at run time: products by a fixed table of algorithms.
+ *
+ * An algorithm is a function of (GPU, library version, N, K, bucket of M, strides, dtype of y): the
+ * library's own first choice that sums in float32, asked for once and never timed, so bits do not
+ * change between starts. They do change with M: see product.h for bits that do not. */
+#pragma once
+
+#include "kernels/cuda.h"
+#include "kernels/library.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The library's handle, workspace for queue's two streams, and an empty table. The library is
+ * libcublasLt.so.13, else .12, found as library.h says, with MILPY_CUBLASLT to name it. Caller
+ * frees *out with mil_cublas_free; the queue's device is current in both. */
+mil_status mil_cublas_create(struct mil_cublas **out, mil_queue *queue) MIL_WARN_UNUSED;
+void mil_cublas_free(struct mil_cublas *cublas);
+
+/* cublasLtGetVersion: 131000 is 13.10.0. */
+int64_t mil_cublas_version(const struct mil_cublas *cublas);
+/* Where the library was found. */
+const char *mil_cublas_path(const struct mil_cublas *cublas);
+
+typedef struct mil_cublas_product {
+    void *y;           /* [M, ldy] of y_dtype */
+    const uint16_t *x; /* [M, ldx] bf16 */
+    const uint16_t *w; /* [N, K] bf16 */
+    const void *bias;  /* [N] of y_dtype, 16-byte aligned, or NULL */
+    mil_dtype y_dtype; /* BF16 or F32 */
+    int32_t M, N, K;
+    int64_t ldy, ldx;
+    bool is_side; /* on the queue's side stream and its workspace */
+} mil_cublas_product;
+
+/* The rows that an algorithm is asked for: M up to 16 rounded up to a power of two, up to 128 to a
+ * multiple of 16, up to 512 of 64, up to 2,048 of 256, above of 1,024. */
+int32_t mil_cublas_bucket(int32_t M);
+
+/* y = x w^T (+ bias) through the library. *is_served false, and nothing queued, where it has no
+ * algorithm for these shapes and alignments, or K, ldx, x or w are not on 16 bytes. An algorithm of
+ * the bucket that does not take this M (the library is asked) gives way to one for exactly M. */
+mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *product, bool *is_served)
+    MIL_WARN_UNUSED;
+
+/* As mil_cublas_run, for what will be captured: the algorithm is chosen and its kernel loaded,
+ * which a capture should not see. Outside a capture; y is overwritten. */
+mil_status mil_cublas_warm(mil_queue *queue, const mil_cublas_product *product) MIL_WARN_UNUSED;
+
+#ifdef __cplusplus
+}
+#endif

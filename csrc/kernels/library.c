@@ -1,0 +1,95 @@
+/* Where NVIDIA's shared libraries are. Opens them; knows no symbol of theirs. */
+#include "kernels/library.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define PATH_BYTES 1024
+#define MAX_DIRS 16
+
+/* The process's, as the system's own search path is. */
+static struct {
+    pthread_mutex_t lock;
+    int32_t n;
+    char text[MAX_DIRS][PATH_BYTES];
+} added = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+void mil_cuda_add_library_dir(const char *dir)
+{
+    if (dir == NULL || dir[0] == '\0' || strlen(dir) >= PATH_BYTES)
+        return;
+    (void)pthread_mutex_lock(&added.lock);
+    bool is_there = false;
+    for (int32_t i = 0; i < added.n; i++)
+        is_there = is_there || strcmp(added.text[i], dir) == 0;
+    if (!is_there && added.n < MAX_DIRS)
+        memcpy(added.text[added.n++], dir, strlen(dir) + 1);
+    (void)pthread_mutex_unlock(&added.lock);
+}
+
+/* Sized so that a message (1,023 bytes) holds both. */
+typedef struct mil_search {
+    char tried[600];  /* directories */
+    char reason[300]; /* why a file that is there did not load */
+} mil_search;
+
+static void *try_dir(mil_search *search, const char *dir, const char *below, const char *name,
+                     bool is_first)
+{
+    char path[2 * PATH_BYTES];
+    size_t used = strlen(search->tried);
+    if (is_first)
+        (void)snprintf(search->tried + used, sizeof search->tried - used, ", %s%s", dir, below);
+    (void)snprintf(path, sizeof path, "%s%s/%s", dir, below, name);
+    if (access(path, F_OK) != 0)
+        return NULL;
+    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (handle == NULL)
+        (void)snprintf(search->reason, sizeof search->reason, "; %s", dlerror());
+    return handle;
+}
+
+static void *try_name(mil_search *search, const char *name, bool is_first)
+{
+    const char *home = getenv("CUDA_HOME");
+    void *handle = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    if (handle == NULL && home != NULL && home[0] != '\0')
+        handle = try_dir(search, home, "/lib64", name, is_first);
+    if (handle == NULL)
+        handle = try_dir(search, "/usr/local/cuda", "/lib64", name, is_first);
+    for (int32_t i = 0; handle == NULL && i < added.n; i++)
+        handle = try_dir(search, added.text[i], "", name, is_first);
+    return handle;
+}
+
+static mil_status open_named(void **out, const char *variable, const char *path)
+{
+    *out = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    return *out != NULL
+               ? MIL_OK
+               : mil_fail(MIL_ERR_DEVICE, "cuda: %s is \"%s\": %s", variable, path, dlerror());
+}
+
+mil_status mil_cuda_library_open(void **out, const char *variable, const char *const *names)
+{
+    const char *path = getenv(variable);
+    mil_search search = {.tried = "the system's places"};
+    void *handle = NULL;
+    if (path != NULL && path[0] != '\0')
+        return open_named(out, variable, path);
+    (void)pthread_mutex_lock(&added.lock);
+    for (int32_t i = 0; handle == NULL && names[i] != NULL; i++)
+        handle = try_name(&search, names[i], i == 0);
+    (void)pthread_mutex_unlock(&added.lock);
+    *out = handle;
+    return handle != NULL ? MIL_OK
+                          : mil_fail(MIL_ERR_DEVICE, "cuda: found no %s%s%s; tried %s%s", names[0],
+                                     names[1] != NULL ? " or " : "",
+                                     names[1] != NULL ? names[1] : "", search.tried, search.reason);
+}

@@ -212,7 +212,8 @@ typedef struct mil_engine_options {
     /* Over all ranks. 0: half of the memory that this process may still use (cgroup limits counted)
      * once weights and workspace are in, and no more than max_num_seqs full contexts need. */
     uint64_t kv_cache_bytes;
-    bool poison; /* fill freed pages with NaN (tests) */
+    bool enforce_eager; /* run decode op by op where graphs would serve it (tests, less memory) */
+    bool poison;        /* fill freed pages with NaN (tests) */
 } mil_engine_options;
 
 mil_status mil_engine_create(mil_engine **out, mil_model *model, const mil_engine_options *options)

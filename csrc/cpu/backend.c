@@ -136,6 +136,7 @@ static size_t step_bytes(const mil_maxima *maxima)
         .default_page_size = 16,                                                                   \
         .lora_rank_multiple = 16,                                                                  \
         .gate_up_interleave = 16,                                                                  \
+        .logit_block = 64,                                                                         \
         .product_dtype = MIL_DTYPE_F32,                                                            \
         .weight_format = MIL_WEIGHT_BF16_PANELS,                                                   \
         .kernels = &mil_cpu_kernels_##isa,                                                         \

@@ -130,6 +130,7 @@ static mil_status init_engine(mil_engine *engine)
         .limits = mil_scheduler_limits(&options),
         .n_pages = n_pages,
         .page_size = options.page_size,
+        .has_graphs = !engine->options.enforce_eager,
         .poison = engine->options.poison,
     };
     size_t n_seqs = (size_t)options.max_seqs;

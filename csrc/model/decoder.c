@@ -65,8 +65,7 @@ void mil_activations_place(mil_activations *activations, mil_arena *arena,
     size_t ffn = (size_t)shard->ffn;
     size_t query = (size_t)shard->projections[MIL_PROJECTION_Q].n_rows;
     size_t kv = (size_t)shard->projections[MIL_PROJECTION_K].n_rows;
-    int32_t n_rows =
-        limits->max_logit_rows < MIL_LOGIT_BLOCK ? limits->max_logit_rows : MIL_LOGIT_BLOCK;
+    int32_t n_rows = mil_logit_block(backend, limits);
     activations->tokens = mil_arena_take(arena, n_tokens, sizeof(int32_t));
     activations->x = mil_arena_take(arena, n_tokens * hidden, sizeof(float));
     activations->y = mil_arena_take(arena, n_tokens * hidden, product_bytes);

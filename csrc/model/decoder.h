@@ -15,9 +15,6 @@
 extern "C" {
 #endif
 
-/* Rows of logits that exist at once. */
-#define MIL_LOGIT_BLOCK 64
-
 typedef struct mil_decoder_layer {
     mil_norm attention_norm;
     mil_attention attention;
@@ -49,9 +46,16 @@ typedef struct mil_activations {
     void *wide;      /* as mil_step's */
     uint16_t *narrow;
     float *lora_v; /* [T, MIL_MAX_PARTS * MIL_MAX_LORA_RANK] */
-    float *logits; /* [MIL_LOGIT_BLOCK, mil_head_ld] */
+    float *logits; /* [mil_logit_block, mil_head_ld] */
     float *head_scratch;
 } mil_activations;
+
+/* Rows of logits that exist at once under these limits. */
+static inline int32_t mil_logit_block(const mil_backend *backend, const mil_plan_limits *limits)
+{
+    int32_t block = backend->logit_block;
+    return limits->max_logit_rows < block ? limits->max_logit_rows : block;
+}
 
 void mil_activations_place(mil_activations *activations, mil_arena *arena,
                            const mil_decoder *decoder, const mil_shard *shard,
@@ -60,7 +64,7 @@ void mil_activations_place(mil_activations *activations, mil_arena *arena,
 /* tokens [T] -> x and y. */
 mil_status mil_decoder_forward(const mil_decoder *decoder, const mil_step *step,
                                const mil_activations *activations) MIL_WARN_UNUSED;
-/* Logits of logit rows begin .. begin + n_rows (<= MIL_LOGIT_BLOCK) of the batch, once each after a
+/* Logits of logit rows begin .. begin + n_rows (<= mil_logit_block) of the batch, once each after a
  * forward: it adds y to those rows of x. */
 mil_status mil_decoder_logits(const mil_decoder *decoder, const mil_step *step,
                               const mil_activations *activations, int32_t begin, int32_t n_rows)

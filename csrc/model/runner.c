@@ -38,6 +38,7 @@ struct mil_runner {
     /* The step that is submitted. */
     ring_entry *entry;
     mil_batch batch; /* the host's view */
+    int32_t bucket;  /* whose graphs run it, -1: op by op */
     float *logits;
 };
 
@@ -146,25 +147,6 @@ static mil_status init_runner(mil_runner *runner)
     return MIL_OK;
 }
 
-mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)
-{
-    MIL_TRY(check_options(options));
-    MIL_TRY(check_memory(model, options));
-    mil_runner *runner;
-    MIL_TRY(mil_alloc_checked((void **)&runner, 1, sizeof *runner, "runner"));
-    runner->model = model;
-    runner->options = *options;
-    const char *check = getenv("MILPY_CHECK");
-    runner->is_checked = options->poison || (check != NULL && strcmp(check, "1") == 0);
-    mil_status status = init_runner(runner);
-    if (status != MIL_OK) {
-        mil_runner_free(runner);
-        return status;
-    }
-    *out = runner;
-    return MIL_OK;
-}
-
 void mil_runner_free(mil_runner *runner)
 {
     if (runner == NULL)
@@ -204,12 +186,12 @@ void mil_runner_leave(mil_runner *runner)
 /* ---- the step of one rank ---- */
 
 /* Logits and choice of one block of rows. */
-static mil_status sample_block(mil_runner *runner, mil_step *step, int32_t rank, int32_t begin,
-                               int32_t n_rows)
+static mil_status sample_block(const mil_runner *runner, const mil_step *step, int32_t rank,
+                               int32_t begin, int32_t n_rows)
 {
     const mil_decoder *decoder = &runner->model->ranks[rank].decoder;
     const mil_device *device = runner->model->backend->device;
-    mil_state *state = &runner->states[rank];
+    const mil_state *state = &runner->states[rank];
     size_t vocab = (size_t)runner->model->config.vocab;
     MIL_TRY(mil_decoder_logits(decoder, step, &state->activations, begin, n_rows));
     const mil_sample_args args = {
@@ -230,6 +212,23 @@ static mil_status sample_block(mil_runner *runner, mil_step *step, int32_t rank,
     return MIL_OK;
 }
 
+static mil_status forward(const mil_runner *runner, const mil_step *step, int32_t rank)
+{
+    return mil_decoder_forward(&runner->model->ranks[rank].decoder, step,
+                               &runner->states[rank].activations);
+}
+
+static mil_status choose(const mil_runner *runner, const mil_step *step, int32_t rank)
+{
+    int32_t n_rows = step->batch->header->bucket_logit_rows;
+    int32_t block = mil_logit_block(runner->model->backend, &runner->options.limits);
+    for (int32_t begin = 0; begin < n_rows; begin += block) {
+        int32_t n = n_rows - begin < block ? n_rows - begin : block;
+        MIL_TRY(sample_block(runner, step, rank, begin, n));
+    }
+    return MIL_OK;
+}
+
 static mil_status begin_step(const mil_runner *runner, mil_state *state, const mil_batch *batch,
                              int32_t rank)
 {
@@ -247,13 +246,12 @@ static mil_status begin_step(const mil_runner *runner, mil_state *state, const m
     return runner->model->backend->begin(&state->context, &args);
 }
 
-static mil_status run_batch(mil_runner *runner, mil_state *state, const mil_batch *batch,
-                            int32_t rank)
+static mil_step step_of(const mil_runner *runner, mil_state *state, const mil_batch *batch,
+                        int32_t rank)
 {
-    mil_model *model = runner->model;
-    mil_step step = {
+    return (mil_step){
         .context = &state->context,
-        .comm = model->comms[rank],
+        .comm = runner->model->comms[rank],
         .batch = batch,
         .slots = &state->slots,
         .kv = &state->kv,
@@ -265,13 +263,21 @@ static mil_status run_batch(mil_runner *runner, mil_state *state, const mil_batc
         .wide = state->activations.wide,
         .narrow = state->activations.narrow,
     };
-    MIL_TRY(mil_decoder_forward(&model->ranks[rank].decoder, &step, &state->activations));
-    int32_t n_rows = batch->header->bucket_logit_rows;
-    for (int32_t begin = 0; begin < n_rows; begin += MIL_LOGIT_BLOCK) {
-        int32_t n = n_rows - begin < MIL_LOGIT_BLOCK ? n_rows - begin : MIL_LOGIT_BLOCK;
-        MIL_TRY(sample_block(runner, &step, rank, begin, n));
+}
+
+static mil_status run_batch(const mil_runner *runner, mil_state *state, const mil_batch *batch,
+                            int32_t rank)
+{
+    const mil_device *device = runner->model->backend->device;
+    if (runner->bucket >= 0) {
+        bool has_lora = batch->header->bucket_segments > 0;
+        struct mil_queue *queue = state->context.queue;
+        MIL_TRY(device->graph_launch(queue, state->graphs.forward[runner->bucket][has_lora]));
+        return device->graph_launch(queue, state->graphs.choice[runner->bucket]);
     }
-    return MIL_OK;
+    const mil_step step = step_of(runner, state, batch, rank);
+    MIL_TRY(forward(runner, &step, rank));
+    return choose(runner, &step, rank);
 }
 
 /* Every rank chooses the same tokens from the same logits; rank 0's samples are the ones read. */
@@ -299,6 +305,87 @@ static mil_status step_rank(void *argument, int32_t rank)
         return MIL_OK;
     MIL_TRY(send_samples(runner, state));
     return device->record(state->context.queue, (int32_t)(runner->n_submitted % RING_DEPTH));
+}
+
+/* ---- graphs ---- */
+
+/* A plan of the bucket with nothing in it: it runs, and changes nothing that outlives a step. */
+static void fill_empty(mil_runner *runner, int32_t size, bool has_lora)
+{
+    runner->entry = &runner->ring[0];
+    mil_plan_reset(runner->entry->plan, &runner->options.limits, 0);
+    mil_plan_view(runner->entry->plan, &runner->batch);
+    mil_plan_header *header = runner->batch.header;
+    header->bucket_seqs = header->bucket_tokens = header->bucket_logit_rows = size;
+    header->bucket_segments = has_lora ? runner->options.limits.max_adapter_slots : 0;
+    runner->bucket = -1;
+}
+
+static mil_status capture(const mil_runner *runner, const mil_step *step,
+                          mil_status (*part)(const mil_runner *, const mil_step *, int32_t),
+                          struct mil_graph **out)
+{
+    const mil_device *device = runner->model->backend->device;
+    MIL_TRY(device->capture_begin(step->context->queue));
+    mil_status status = part(runner, step, 0);
+    /* Ended whatever happened, or the queue could never run again; *out is NULL for what failed. */
+    mil_status ended = device->capture_end(step->context->queue, out);
+    return status != MIL_OK ? status : ended;
+}
+
+/* Run the bucket once op by op, so that every kernel is loaded and every choice made, then note it.
+ */
+static mil_status capture_bucket(mil_runner *runner, int32_t index, bool has_lora)
+{
+    mil_state *state = &runner->states[0];
+    mil_graphs *graphs = &state->graphs;
+    fill_empty(runner, graphs->sizes[index], has_lora);
+    mil_batch batch = runner->batch;
+    mil_plan_view_at(runner->entry->plan, state->plan, &batch);
+    const mil_step step = step_of(runner, state, &batch, 0);
+    MIL_TRY(begin_step(runner, state, &batch, 0));
+    MIL_TRY(run_batch(runner, state, &batch, 0));
+    MIL_TRY(capture(runner, &step, forward, &graphs->forward[index][has_lora]));
+    if (!has_lora)
+        MIL_TRY(capture(runner, &step, choose, &graphs->choice[index]));
+    /* The plan is read by the device, and the next bucket writes it. */
+    return runner->model->backend->device->synchronize(state->context.queue);
+}
+
+static mil_status capture_all(mil_runner *runner)
+{
+    const mil_plan_limits *limits = &runner->options.limits;
+    mil_graphs *graphs = &runner->states[0].graphs;
+    if (runner->model->backend->device->capture_begin == NULL || !runner->options.has_graphs)
+        return MIL_OK;
+    mil_graphs_init(graphs, limits->max_seqs);
+    for (int32_t i = 0; i < graphs->n_buckets; i++) {
+        MIL_TRY(capture_bucket(runner, i, false));
+        if (limits->max_adapter_slots > 0)
+            MIL_TRY(capture_bucket(runner, i, true));
+    }
+    return MIL_OK;
+}
+
+mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)
+{
+    MIL_TRY(check_options(options));
+    MIL_TRY(check_memory(model, options));
+    mil_runner *runner;
+    MIL_TRY(mil_alloc_checked((void **)&runner, 1, sizeof *runner, "runner"));
+    runner->model = model;
+    runner->options = *options;
+    const char *check = getenv("MILPY_CHECK");
+    runner->is_checked = options->poison || (check != NULL && strcmp(check, "1") == 0);
+    mil_status status = init_runner(runner);
+    if (status == MIL_OK)
+        status = capture_all(runner);
+    if (status != MIL_OK) {
+        mil_runner_free(runner);
+        return status;
+    }
+    *out = runner;
+    return MIL_OK;
 }
 
 /* ---- the step ---- */
@@ -352,12 +439,22 @@ static mil_status find_contents(mil_runner *runner)
     return MIL_OK;
 }
 
-/* Launches are shaped by what is there. */
-static void choose_buckets(mil_plan_header *header)
+/* A pure decode step takes the bucket that holds it; others are shaped by what is there. */
+static void choose_buckets(mil_runner *runner)
 {
-    header->bucket_seqs = header->n_seqs;
-    header->bucket_tokens = header->n_tokens;
-    header->bucket_logit_rows = header->n_logit_rows;
+    mil_plan_header *header = runner->batch.header;
+    const mil_graphs *graphs = &runner->states[0].graphs;
+    bool is_decode = header->n_seqs > 0 && header->n_tokens == header->n_seqs &&
+                     header->n_logit_rows <= header->n_seqs && runner->logits == NULL;
+    runner->bucket = is_decode ? mil_graphs_find(graphs, header->n_seqs) : -1;
+    bool has_bucket = runner->bucket >= 0;
+    int32_t size = has_bucket ? graphs->sizes[runner->bucket] : 0;
+    header->bucket_seqs = has_bucket ? size : header->n_seqs;
+    header->bucket_tokens = has_bucket ? size : header->n_tokens;
+    header->bucket_logit_rows = has_bucket ? size : header->n_logit_rows;
+    header->bucket_segments = has_bucket && header->n_segments > 0
+                                  ? runner->options.limits.max_adapter_slots
+                                  : header->n_segments;
 }
 
 static mil_status submit(mil_runner *runner)
@@ -371,7 +468,7 @@ static mil_status submit(mil_runner *runner)
     }
     MIL_TRY(find_contents(runner));
     mil_plan_find_positions(plan);
-    choose_buckets(runner->batch.header);
+    choose_buckets(runner);
     MIL_TRY(mil_team_run(runner->model->team, step_rank, runner));
     runner->n_submitted++;
     return MIL_OK;

@@ -22,7 +22,8 @@ typedef struct mil_runner_options {
     mil_plan_limits limits;
     int32_t n_pages;
     int32_t page_size;
-    bool poison; /* fill pages with NaN when mil_runner_poison_page says so */
+    bool has_graphs; /* capture decode steps where the device can */
+    bool poison;     /* fill pages with NaN when mil_runner_poison_page says so */
 } mil_runner_options;
 
 mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)

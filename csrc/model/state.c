@@ -21,8 +21,7 @@ static mil_maxima maxima_of(const mil_model *model, int32_t rank, const mil_plan
     return (mil_maxima){
         .max_tokens = limits->max_tokens,
         .max_seqs = limits->max_seqs,
-        .max_logit_rows =
-            limits->max_logit_rows < MIL_LOGIT_BLOCK ? limits->max_logit_rows : MIL_LOGIT_BLOCK,
+        .max_logit_rows = mil_logit_block(model->backend, limits),
         .max_position = mil_state_positions(model, limits, page_size),
         .hidden = config->hidden,
         .ffn = shard->ffn,
@@ -166,6 +165,7 @@ void mil_state_deinit(mil_state *state)
     if (state->context.backend == NULL)
         return;
     const mil_device *device = state->context.backend->device;
+    mil_graphs_deinit(&state->graphs, device, state->context.queue);
     device->free(state->context.queue, &state->kv_slab);
     device->free(state->context.queue, &state->slab);
     mil_free(state->padded_ranks);
@@ -185,7 +185,7 @@ int32_t mil_state_lora_rank(const mil_state *state, const mil_batch *batch)
     int32_t fixed = state->context.backend->lora_v_rank;
     int32_t largest = 0;
     if (fixed > 0)
-        return batch->header->n_segments > 0 ? fixed : 0;
+        return batch->header->bucket_segments > 0 ? fixed : 0;
     for (int32_t segment = 0; segment < batch->header->n_segments; segment++) {
         int32_t rank = state->padded_ranks[batch->segment_adapter[segment]];
         largest = rank > largest ? rank : largest;

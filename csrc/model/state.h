@@ -2,6 +2,7 @@
  * pages. Its memory is two slabs, sized before they are taken. */
 #pragma once
 
+#include "model/graphs.h"
 #include "model/model.h"
 #include "model/runner.h"
 
@@ -21,8 +22,8 @@ typedef struct mil_state {
     const float *cos_table; /* the model's, or a copy of what this runner reaches */
     const float *sin_table;
     mil_kv kv;
-    int32_t
-        *padded_ranks; /* [max_adapter_slots] on the host: largest that the slot of lora holds */
+    mil_graphs graphs;
+    int32_t *padded_ranks; /* [max_adapter_slots] on the host: the largest that a slot holds */
 } mil_state;
 
 /* Bytes of a state but for its pages; SIZE_MAX where they overflow. */

@@ -2,7 +2,7 @@
 
 static bool has_lora(const mil_lora_args *lora)
 {
-    return lora != NULL && lora->batch->header->n_segments > 0;
+    return lora != NULL && lora->batch->header->bucket_segments > 0;
 }
 
 mil_status mil_ops_linear_lora(mil_context *context, const mil_linear_args *linear,

@@ -1,4 +1,4 @@
-"""Products and LoRA of the CPU backend on NumPy arrays: the other half of `cpu_shim`."""
+"""Products and LoRA of a backend on NumPy arrays: the other half of `cpu_shim`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from helpers.cpu_shim import Shim, bf16, from_bf16, int32, library, pointer
 
 Array = NDArray[Any]
 MAX_PARTS = 3
+MARK, MARK_BF16 = 12345.0, 12352.0  # what columns past N hold, and the same in bfloat16
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
@@ -57,6 +58,11 @@ def zeros(n_bytes: int) -> Array:
     return memory[-memory.ctypes.data % 64 :][:n_bytes]
 
 
+def widened(y: Array) -> Array:
+    """A product's result as float32."""
+    return from_bf16(y).astype(np.float32) if y.dtype == np.uint16 else y
+
+
 @dataclass
 class Weight:
     """Parts stacked into one packed weight. parts: [rows, K] each, any float dtype or bf16 bits."""
@@ -72,6 +78,9 @@ class Weight:
         lib.shim_packed_bytes.restype = ct.c_int64
         self.N, self.K = sum(map(len, self.parts)), self.parts[0].shape[1]
         self.panels = zeros(lib.shim_packed_bytes(self.shim.handle, self.N, self.K))
+        if not self.shim.is_host:
+            self._pack_rows()
+            return
         struct = self.struct()
         for part, rows in enumerate(self.parts):
             name = "bfloat16" if rows.dtype == np.uint16 else rows.dtype.name
@@ -79,6 +88,12 @@ class Weight:
                 self.shim.handle, ct.byref(struct), part, 0, len(rows), pointer(rows),
                 DTYPES[name], ct.c_int64(self.K),
             )  # fmt: skip
+
+    def _pack_rows(self) -> None:
+        """A GPU's weights are rows of bfloat16, [N][K], in packed order."""
+        rows = [part if part.dtype == np.uint16 else bf16(part) for part in self.parts]
+        packed = np.concatenate(rows)[self.order()]
+        self.panels.view(np.uint16)[: packed.size] = packed.ravel()
 
     def struct(self) -> WeightStruct:
         sizes = [len(part) for part in self.parts]
@@ -99,19 +114,24 @@ class Weight:
             return stacked
         return stacked.reshape(len(self.parts), -1, self.interleave).swapaxes(0, 1).ravel()
 
-    def linear(self, x: Array, ldx: int = 0, ldy: int = 0) -> Array:
-        """y [M, ldy] of x [M, K] bits; columns past N keep a mark."""
+    def linear(self, x: Array, ldx: int = 0, ldy: int = 0, is_logits: bool = False) -> Array:
+        """y [M, ldy] of x [M, K] bits; columns past N keep a mark. is_logits: in float32 even where
+        the backend's products are bfloat16."""
         ldx, ldy = ldx or self.K, ldy or self.N
         wide = np.full((len(x), ldx), 0x7FC0, np.uint16)
         wide[:, : self.K] = x
-        y = np.full((len(x), ldy), 12345.0, np.float32)
+        y = np.full((len(x), ldy), MARK, np.float32)
+        held = y if is_logits else self.shim.product(y)
+        self.shim.need(max_tokens=len(x), hidden=self.K, ffn=self.N)
         self.shim.check(
             library().shim_linear(
-                self.shim.handle, pointer(y), pointer(wide), ct.byref(self.struct()), len(x),
-                ct.c_int64(ldy), ct.c_int64(ldx),
+                self.shim.handle, pointer(held), pointer(wide), ct.byref(self.struct()),
+                0 if held.dtype == np.float32 else 1, len(x), ct.c_int64(ldy), ct.c_int64(ldx),
             )
         )  # fmt: skip
-        return y
+        result = widened(held)
+        result[:, self.N :][result[:, self.N :] == MARK_BF16] = MARK
+        return result
 
 
 @dataclass
@@ -158,7 +178,9 @@ class Segments:
                 struct.scale[part] = adapter.scale[part]
                 struct.a[part] = self._pack(shim, False, a, len(a), weight.K)
                 struct.b[part] = self._pack(shim, True, b, len(a), len(b))
-        stride = max([16, *(-(-s.rank[p] // 16) * 16 for s in packed for p in range(n_parts))])
+        m = shim.rank_multiple
+        stride = max([m, *(-(-s.rank[p] // m) * m for s in packed for p in range(n_parts))])
+        stride = max(stride, shim.v_rank)
         used = [i for i, rows in enumerate(rows_of) if rows]
         indptr = int32(np.cumsum([0, *(len(rows_of[i]) for i in used)]))
         rows = int32([row for i in used for row in rows_of[i]])
@@ -181,24 +203,45 @@ class Segments:
         return int(out.ctypes.data)
 
 
-def linear_lora(weight: Weight, x: Array, segments: Segments, is_fused: bool) -> Array:
-    y = np.full((len(x), weight.N), np.nan, np.float32)
-    weight.shim.check(
+def run_lora(weight: Weight, x: Array, segments: Segments, what: int, y: Array | None) -> Array:
+    shim = weight.shim
+    held = shim.product(np.full((len(x), weight.N), np.nan, np.float32) if y is None else y)
+    shim.need(max_tokens=len(x), hidden=weight.K, ffn=weight.N, max_adapter_slots=16)
+    shim.check(
         library().shim_linear_lora(
-            weight.shim.handle, pointer(y), pointer(x), ct.byref(weight.struct()),
-            ct.byref(segments.struct), ct.c_bool(is_fused),
+            shim.handle, pointer(held), pointer(x), ct.byref(weight.struct()),
+            ct.byref(segments.struct), what,
         )
     )  # fmt: skip
-    return y
+    return widened(held)
+
+
+def linear_lora(weight: Weight, x: Array, segments: Segments, is_fused: bool) -> Array:
+    """is_fused: as layers call it, by way of the backend's composed slot where it has one; else
+    shrink, linear and expand, one after another."""
+    return run_lora(weight, x, segments, int(is_fused), None)
+
+
+def lora_shrink(weight: Weight, x: Array, segments: Segments) -> Array:
+    """v, [n_lora_rows, n_parts, part_stride]; NaN where nothing was written."""
+    run_lora(weight, x, segments, 2, None)
+    return segments.v.reshape(len(segments.v), len(weight.parts), -1).copy()
+
+
+def lora_expand(weight: Weight, x: Array, segments: Segments, y: Array) -> Array:
+    """y + v B^T with v as segments hold it; x gives the number of rows."""
+    return run_lora(weight, x, segments, 3, y)
 
 
 def gate_up_act(weight: Weight, x: Array, segments: Segments) -> Array:
     """The activation's bits, [M, N / 2]."""
-    y = np.full((len(x), weight.N), np.nan, np.float32)
+    shim = weight.shim
+    y = shim.product(np.full((len(x), weight.N), np.nan, np.float32))
     out = np.full((len(x), weight.N // 2), 0xFFFF, np.uint16)
-    weight.shim.check(
+    shim.need(max_tokens=len(x), hidden=weight.K, ffn=weight.N, max_adapter_slots=16)
+    shim.check(
         library().shim_gate_up_act(
-            weight.shim.handle, pointer(out), pointer(y), pointer(x), ct.byref(weight.struct()),
+            shim.handle, pointer(out), pointer(y), pointer(x), ct.byref(weight.struct()),
             ct.byref(segments.struct),
         )
     )  # fmt: skip

@@ -1,4 +1,5 @@
 /* packed_bytes, pack, lora packs, linear, shrink, expand, linear_lora, gate_up_act. */
+#include "ops/ops.h"
 #include "shim.h"
 
 /* A merged weight as Python holds it. */
@@ -27,22 +28,26 @@ typedef struct shim_segments {
     int32_t part_stride;
 } shim_segments;
 
+/* What of a product and its LoRA to run. */
+enum { RUN_PLAIN = 0, RUN_COMPOSED, RUN_SHRINK, RUN_EXPAND };
+
 SHIM int64_t shim_packed_bytes(shim *s, int32_t N, int32_t K);
 SHIM int64_t shim_lora_bytes(shim *s, bool is_b, int32_t rank, int32_t size);
 SHIM void shim_pack(shim *s, const shim_weight *weight, int32_t part, int32_t row, int32_t n_rows,
                     const void *src, int32_t dtype, int64_t stride);
 SHIM void shim_lora_pack(shim *s, bool is_b, void *packed, const uint16_t *src, int32_t rank,
                          int32_t size);
-SHIM mil_status shim_linear(shim *s, float *y, const uint16_t *x, const shim_weight *weight,
-                            int32_t M, int64_t ldy, int64_t ldx);
-SHIM mil_status shim_linear_lora(shim *s, float *y, const uint16_t *x, const shim_weight *weight,
-                                 const shim_segments *segments, bool is_fused);
-SHIM mil_status shim_gate_up_act(shim *s, uint16_t *out, float *y, const uint16_t *x,
+SHIM mil_status shim_linear(shim *s, void *y, const uint16_t *x, const shim_weight *weight,
+                            int32_t y_dtype, int32_t M, int64_t ldy, int64_t ldx);
+SHIM mil_status shim_linear_lora(shim *s, void *y, const uint16_t *x, const shim_weight *weight,
+                                 const shim_segments *segments, int32_t what);
+SHIM mil_status shim_gate_up_act(shim *s, uint16_t *out, void *y, const uint16_t *x,
                                  const shim_weight *weight, const shim_segments *segments);
 
-static mil_weight view_weight(const shim_weight *from)
+/* The weight as Python holds it, in host memory. */
+static mil_weight view_weight(const shim *s, const shim_weight *from)
 {
-    mil_weight weight = {.format = MIL_WEIGHT_BF16_PANELS,
+    mil_weight weight = {.format = s->context.backend->weight_format,
                          .N = from->N,
                          .K = from->K,
                          .n_parts = from->n_parts,
@@ -51,6 +56,15 @@ static mil_weight view_weight(const shim_weight *from)
                          .bias = from->bias};
     for (int32_t i = 0; i < from->n_parts; i++)
         weight.part_rows[i] = from->part_rows[i];
+    return weight;
+}
+
+static mil_weight lend_weight(shim *s, const shim_weight *from)
+{
+    mil_weight weight = view_weight(s, from);
+    size_t n_bytes = s->context.backend->packed_bytes(from->N, from->K);
+    weight.data = shim_lend(s, from->panels, n_bytes, SHIM_IN);
+    weight.bias = shim_lend(s, from->bias, (size_t)from->N * sizeof(float), SHIM_IN);
     return weight;
 }
 
@@ -68,7 +82,7 @@ int64_t shim_lora_bytes(shim *s, bool is_b, int32_t rank, int32_t size)
 void shim_pack(shim *s, const shim_weight *from, int32_t part, int32_t row, int32_t n_rows,
                const void *src, int32_t dtype, int64_t stride)
 {
-    mil_weight weight = view_weight(from);
+    mil_weight weight = view_weight(s, from);
     s->context.backend->pack(&weight, part, row, n_rows, src, (mil_dtype)dtype, stride);
 }
 
@@ -81,95 +95,134 @@ void shim_lora_pack(shim *s, bool is_b, void *packed, const uint16_t *src, int32
         s->context.backend->lora_pack_a(packed, src, size, rank, size);
 }
 
-mil_status shim_linear(shim *s, float *y, const uint16_t *x, const shim_weight *from, int32_t M,
-                       int64_t ldy, int64_t ldx)
+mil_status shim_linear(shim *s, void *y, const uint16_t *x, const shim_weight *from,
+                       int32_t y_dtype, int32_t M, int64_t ldy, int64_t ldx)
 {
-    mil_weight weight = view_weight(from);
-    mil_linear_args args = {y, x, &weight, MIL_DTYPE_F32, M, ldy, ldx};
+    mil_weight weight = lend_weight(s, from);
+    size_t item_bytes = mil_dtype_bytes((mil_dtype)y_dtype);
+    mil_linear_args args = {
+        .y = shim_lend(s, y, (size_t)(M * ldy) * item_bytes, SHIM_BOTH),
+        .x = shim_lend(s, x, (size_t)(M * ldx) * sizeof *x, SHIM_IN),
+        .weight = &weight,
+        .y_dtype = (mil_dtype)y_dtype,
+        .M = M,
+        .ldy = ldy,
+        .ldx = ldx,
+    };
     MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->linear(&s->context, &args));
 }
+
+/* ---- LoRA ---- */
 
 typedef struct viewed {
     mil_weight weight;
     mil_lora_module modules[MAX_ADAPTERS * MIL_N_PROJECTIONS];
     mil_lora_table table;
-    mil_plan_header header;
-    mil_batch batch;
+    shim_step step;
     mil_linear_args linear;
     mil_lora_args lora;
 } viewed;
 
-static void view(viewed *to, float *y, const uint16_t *x, const shim_weight *weight,
-                 const shim_segments *from)
+static mil_lora_module lend_module(shim *s, const shim_weight *weight, const shim_adapter *adapter,
+                                   int32_t part)
 {
-    int32_t multiple = 16, n_parts = weight->n_parts;
-    *to = (viewed){.weight = view_weight(weight)};
-    for (int32_t slot = 0; slot < from->n_adapters; slot++) {
-        const shim_adapter *adapter = &from->adapters[slot];
-        for (int32_t part = 0; part < n_parts; part++) {
-            int32_t rank = adapter->rank[part];
-            to->modules[slot * MIL_N_PROJECTIONS + part] =
-                (mil_lora_module){.rank = rank,
-                                  .padded_rank = (rank + multiple - 1) / multiple * multiple,
-                                  .in = weight->K,
-                                  .out = weight->part_rows[part],
-                                  .scale = adapter->scale[part],
-                                  .a = adapter->a[part],
-                                  .b = adapter->b[part]};
-        }
-    }
-    to->table = (mil_lora_table){from->n_adapters, 1, to->modules};
-    to->header = (mil_plan_header){.n_tokens = from->n_tokens,
-                                   .n_segments = from->n_segments,
-                                   .n_lora_rows = from->indptr[from->n_segments]};
-    to->batch = (mil_batch){.header = &to->header,
-                            .counts = &to->header,
-                            .segment_indptr = from->indptr,
-                            .segment_adapter = from->adapter,
-                            .lora_rows = from->rows};
-    to->linear =
-        (mil_linear_args){y, x, &to->weight, MIL_DTYPE_F32, from->n_tokens, weight->N, weight->K};
-    to->lora = (mil_lora_args){.batch = &to->batch,
-                               .table = &to->table,
-                               .n_parts = n_parts,
-                               .projections = {0, 1, 2},
-                               .v = from->v,
-                               .v_stride = (int64_t)from->part_stride * n_parts,
-                               .v_part_stride = from->part_stride};
+    const mil_backend *backend = s->context.backend;
+    int32_t rank = adapter->rank[part], out = weight->part_rows[part];
+    size_t multiple = (size_t)backend->lora_rank_multiple;
+    if (rank == 0)
+        return (mil_lora_module){.in = weight->K, .out = out};
+    return (mil_lora_module){
+        .rank = rank,
+        .padded_rank = (int32_t)mil_round_up((size_t)rank, multiple),
+        .in = weight->K,
+        .out = out,
+        .scale = adapter->scale[part],
+        .a = shim_lend(s, adapter->a[part], backend->lora_a_bytes(rank, weight->K), SHIM_IN),
+        .b = shim_lend(s, adapter->b[part], backend->lora_b_bytes(out, rank), SHIM_IN),
+    };
 }
 
-static mil_status run_plain(mil_context *context, viewed *it)
+static void view(shim *s, viewed *to, void *y, const uint16_t *x, const shim_weight *weight,
+                 const shim_segments *from)
+{
+    int32_t n_parts = weight->n_parts;
+    size_t T = (size_t)from->n_tokens;
+    *to = (viewed){.weight = lend_weight(s, weight)};
+    for (int32_t slot = 0; slot < from->n_adapters; slot++)
+        for (int32_t part = 0; part < n_parts; part++)
+            to->modules[slot * MIL_N_PROJECTIONS + part] =
+                lend_module(s, weight, &from->adapters[slot], part);
+    to->table = (mil_lora_table){
+        .n_slots = from->n_adapters,
+        .n_layers = 1,
+        .modules = shim_lend(s, to->modules, sizeof to->modules, SHIM_IN),
+    };
+    const shim_batch batch = {.n_tokens = from->n_tokens};
+    const shim_extras extras = {
+        .n_segments = from->n_segments,
+        .n_adapters = from->n_adapters,
+        .segment_indptr = from->indptr,
+        .segment_adapter = from->adapter,
+        .lora_rows = from->rows,
+    };
+    shim_lend_batch(s, &to->step, &batch, &extras);
+    to->linear = (mil_linear_args){
+        .y = shim_lend(s, y, T * (size_t)weight->N * shim_product_bytes(s), SHIM_BOTH),
+        .x = shim_lend(s, x, T * (size_t)weight->K * sizeof *x, SHIM_IN),
+        .weight = &to->weight,
+        .y_dtype = s->context.backend->product_dtype,
+        .M = from->n_tokens,
+        .ldy = weight->N,
+        .ldx = weight->K,
+    };
+    int64_t v_stride = (int64_t)from->part_stride * n_parts;
+    size_t n_rows = (size_t)from->indptr[from->n_segments];
+    to->lora = (mil_lora_args){
+        .batch = &to->step.batch,
+        .table = &to->table,
+        .n_parts = n_parts,
+        .projections = {0, 1, 2},
+        .v = shim_lend(s, from->v, n_rows * (size_t)v_stride * sizeof(float), SHIM_BOTH),
+        .v_stride = v_stride,
+        .v_part_stride = from->part_stride,
+    };
+}
+
+static mil_status run(mil_context *context, viewed *it, int32_t what)
 {
     const mil_backend *backend = context->backend;
     mil_lora_shrink_args shrink = {it->lora, it->linear.x, it->linear.ldx};
     mil_lora_expand_args expand = {it->lora, it->linear.y, it->linear.ldy, &it->weight};
-    MIL_TRY(backend->lora_shrink(context, &shrink));
-    MIL_TRY(backend->linear(context, &it->linear));
-    return backend->lora_expand(context, &expand);
+    if (what == RUN_COMPOSED)
+        return mil_ops_linear_lora(context, &it->linear, &it->lora);
+    if (what == RUN_PLAIN || what == RUN_SHRINK)
+        MIL_TRY(backend->lora_shrink(context, &shrink));
+    if (what == RUN_PLAIN)
+        MIL_TRY(backend->linear(context, &it->linear));
+    return what == RUN_SHRINK ? MIL_OK : backend->lora_expand(context, &expand);
 }
 
-mil_status shim_linear_lora(shim *s, float *y, const uint16_t *x, const shim_weight *weight,
-                            const shim_segments *segments, bool is_fused)
+mil_status shim_linear_lora(shim *s, void *y, const uint16_t *x, const shim_weight *weight,
+                            const shim_segments *segments, int32_t what)
 {
     viewed it;
-    view(&it, y, x, weight, segments);
+    view(s, &it, y, x, weight, segments);
     MIL_TRY(shim_enter(s));
-    return shim_leave(s, is_fused
-                             ? s->context.backend->linear_lora(&s->context, &it.linear, &it.lora)
-                             : run_plain(&s->context, &it));
+    return shim_leave(s, run(&s->context, &it, what));
 }
 
-mil_status shim_gate_up_act(shim *s, uint16_t *out, float *y, const uint16_t *x,
+mil_status shim_gate_up_act(shim *s, uint16_t *out, void *y, const uint16_t *x,
                             const shim_weight *weight, const shim_segments *segments)
 {
     viewed it;
-    view(&it, y, x, weight, segments);
-    mil_act_args act = {.out = out,
-                        .gate_up = y,
+    view(s, &it, y, x, weight, segments);
+    size_t n = (size_t)segments->n_tokens * (size_t)(weight->N / 2);
+    mil_act_args act = {.out = shim_lend(s, out, n * sizeof *out, SHIM_BACK),
+                        .gate_up = it.linear.y,
                         .n_tokens = segments->n_tokens,
                         .ffn = weight->N / 2,
                         .interleave = weight->interleave};
     MIL_TRY(shim_enter(s));
-    return shim_leave(s, s->context.backend->gate_up_act(&s->context, &it.linear, &it.lora, &act));
+    return shim_leave(s, mil_ops_gate_up_act(&s->context, &it.linear, &it.lora, &act));
 }

@@ -1,144 +1,252 @@
-/* embed, norm, act, rope_write, attention, gather_tokens, sample. */
+/* begin, embed, norm, act, rope_write, attention, sample. */
 #include "shim.h"
 
-/* A batch and its sequences' slots, as Python holds them. */
-typedef struct shim_batch {
-    int32_t n_seqs, n_decode, n_tokens;
-    int32_t *seq_slot, *query_indptr, *kv_lengths, *tokens, *positions;
-    int32_t n_slots, max_pages;
-    int32_t *last_token, *page_table;
-} shim_batch;
+#include <string.h>
 
-SHIM mil_status shim_embed(shim *s, float *out, const int32_t *tokens, void *panels, int32_t N,
-                           int32_t K, int32_t n_tokens, int32_t vocab_begin, float scale);
-SHIM mil_status shim_norm(shim *s, uint16_t *out, float *x, const float *residual,
-                          const float *weight, const int32_t *rows, int32_t n_rows, int32_t hidden,
-                          float eps, float weight_offset);
-SHIM mil_status shim_act(shim *s, uint16_t *out, const float *gate_up, int32_t n_tokens,
-                         int32_t ffn, int32_t interleave, int32_t kind);
-SHIM mil_status shim_rope_write(shim *s, uint16_t *q, const float *qkv, const float *cos_table,
-                                const float *sin_table, const shim_batch *batch, const mil_kv *kv,
-                                int32_t layer, int32_t n_heads, int32_t rotary_dim,
-                                bool is_interleaved);
+SHIM mil_status shim_embed(shim *s, float *out, const int32_t *tokens, const void *packed,
+                           int64_t packed_bytes, int32_t N, int32_t K, int32_t n_tokens,
+                           int32_t vocab_begin, float scale);
+SHIM mil_status shim_norm(shim *s, uint16_t *out, float *x, const void *residual,
+                          const float *weight, const int32_t *rows, int32_t n_tokens,
+                          int32_t n_rows, int32_t hidden, float eps, float weight_offset);
+SHIM mil_status shim_act(shim *s, uint16_t *out, const void *gate_up, int32_t n_tokens, int32_t ffn,
+                         int32_t interleave, int32_t kind);
+SHIM mil_status shim_rope_write(shim *s, uint16_t *q, const void *qkv, const float *cos_table,
+                                const float *sin_table, int32_t n_positions,
+                                const shim_batch *batch, const shim_kv *kv, int32_t layer,
+                                int32_t n_heads, int32_t rotary_dim, bool is_interleaved);
 SHIM mil_status shim_attention(shim *s, uint16_t *out, const uint16_t *q, const shim_batch *batch,
-                               const mil_kv *kv, int32_t layer, int32_t n_heads, float scale,
+                               const shim_kv *kv, int32_t layer, int32_t n_heads, float scale,
                                int32_t window, float softcap, int32_t repeat);
-SHIM mil_status shim_gather_tokens(shim *s, int32_t *tokens, const shim_batch *batch);
-SHIM mil_status shim_sample(shim *s, mil_sample *out, float *logits, const int32_t *slots_of,
-                            const int32_t *positions, const int32_t *feeds, mil_sampling *sampling,
-                            int32_t *last_token, int32_t n_slots, int32_t n_rows, int32_t vocab,
-                            int64_t ld);
+SHIM mil_status shim_sample(shim *s, mil_sample *out, const float *logits,
+                            const shim_extras *extras, const mil_sampling *sampling,
+                            int32_t *last_token, int32_t n_slots, int32_t first_row, int32_t n_rows,
+                            int32_t vocab, int64_t ld);
 
-typedef struct viewed {
-    mil_plan_header header;
-    mil_batch batch;
-    mil_slots slots;
-} viewed;
+/* What begin changes beside the slots' tokens and pages, and what adapter commands name. */
+typedef struct shim_state {
+    int32_t *adapter_slot;           /* [n_slots] */
+    mil_sampling *sampling;          /* [n_slots] */
+    mil_lora_module *modules;        /* [n_adapters][n_layers][MIL_N_PROJECTIONS] */
+    const mil_lora_module *contents; /* [n_contents][n_layers][MIL_N_PROJECTIONS] */
+    int32_t n_adapters, n_layers, n_contents;
+} shim_state;
 
-static void view(viewed *to, const shim_batch *from)
+SHIM mil_status shim_begin(shim *s, int32_t *tokens, const shim_batch *batch,
+                           const shim_extras *extras, const shim_state *state);
+
+mil_status shim_embed(shim *s, float *out, const int32_t *tokens, const void *packed,
+                      int64_t packed_bytes, int32_t N, int32_t K, int32_t n_tokens,
+                      int32_t vocab_begin, float scale)
 {
-    *to = (viewed){
-        .header = {.n_seqs = from->n_seqs,
-                   .n_decode = from->n_decode,
-                   .n_tokens = from->n_tokens,
-                   .bucket_seqs = from->n_seqs,
-                   .bucket_tokens = from->n_tokens},
-        .batch = {.header = &to->header,
-                  .counts = &to->header,
-                  .seq_slot = from->seq_slot,
-                  .query_indptr = from->query_indptr,
-                  .kv_lengths = from->kv_lengths,
-                  .tokens = from->tokens,
-                  .positions = from->positions},
-        .slots = {.n_slots = from->n_slots,
-                  .max_pages = from->max_pages,
-                  .last_token = from->last_token,
-                  .page_table = from->page_table},
-    };
-}
-
-mil_status shim_embed(shim *s, float *out, const int32_t *tokens, void *panels, int32_t N,
-                      int32_t K, int32_t n_tokens, int32_t vocab_begin, float scale)
-{
-    mil_weight weight = {.format = MIL_WEIGHT_BF16_PANELS,
+    size_t n = (size_t)n_tokens;
+    mil_weight weight = {.format = s->context.backend->weight_format,
                          .N = N,
                          .K = K,
                          .n_parts = 1,
                          .part_rows = {N},
-                         .data = panels};
-    mil_embed_args args = {out, tokens, &weight, n_tokens, vocab_begin, scale};
+                         .data = shim_lend(s, packed, (size_t)packed_bytes, SHIM_IN)};
+    mil_embed_args args = {
+        .out = shim_lend(s, out, n * (size_t)K * sizeof *out, SHIM_BACK),
+        .tokens = shim_lend(s, tokens, n * sizeof *tokens, SHIM_IN),
+        .weight = &weight,
+        .n_tokens = n_tokens,
+        .vocab_begin = vocab_begin,
+        .scale = scale,
+    };
     MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->embed(&s->context, &args));
 }
 
-mil_status shim_norm(shim *s, uint16_t *out, float *x, const float *residual, const float *weight,
-                     const int32_t *rows, int32_t n_rows, int32_t hidden, float eps,
-                     float weight_offset)
+mil_status shim_norm(shim *s, uint16_t *out, float *x, const void *residual, const float *weight,
+                     const int32_t *rows, int32_t n_tokens, int32_t n_rows, int32_t hidden,
+                     float eps, float weight_offset)
 {
-    mil_norm_args args = {out, x, residual, weight, rows, n_rows, hidden, eps, weight_offset};
+    size_t T = (size_t)n_tokens, H = (size_t)hidden, n = (size_t)n_rows;
+    mil_norm_args args = {
+        .out = shim_lend(s, out, n * H * sizeof *out, SHIM_BACK),
+        .x = shim_lend(s, x, T * H * sizeof *x, SHIM_BOTH),
+        .residual = shim_lend(s, residual, T * H * shim_product_bytes(s), SHIM_IN),
+        .weight = shim_lend(s, weight, H * sizeof *weight, SHIM_IN),
+        .rows = shim_lend(s, rows, n * sizeof *rows, SHIM_IN),
+        .n_rows = n_rows,
+        .hidden = hidden,
+        .eps = eps,
+        .weight_offset = weight_offset,
+    };
     MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->norm(&s->context, &args));
 }
 
-mil_status shim_act(shim *s, uint16_t *out, const float *gate_up, int32_t n_tokens, int32_t ffn,
+mil_status shim_act(shim *s, uint16_t *out, const void *gate_up, int32_t n_tokens, int32_t ffn,
                     int32_t interleave, int32_t kind)
 {
-    mil_act_args args = {out, gate_up, n_tokens, ffn, interleave, (mil_activation)kind};
+    size_t n = (size_t)n_tokens * (size_t)ffn;
+    mil_act_args args = {
+        .out = shim_lend(s, out, n * sizeof *out, SHIM_BACK),
+        .gate_up = shim_lend(s, gate_up, 2 * n * shim_product_bytes(s), SHIM_IN),
+        .n_tokens = n_tokens,
+        .ffn = ffn,
+        .interleave = interleave,
+        .kind = (mil_activation)kind,
+    };
     MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->act(&s->context, &args));
 }
 
-mil_status shim_rope_write(shim *s, uint16_t *q, const float *qkv, const float *cos_table,
-                           const float *sin_table, const shim_batch *batch, const mil_kv *kv,
-                           int32_t layer, int32_t n_heads, int32_t rotary_dim, bool is_interleaved)
+mil_status shim_rope_write(shim *s, uint16_t *q, const void *qkv, const float *cos_table,
+                           const float *sin_table, int32_t n_positions, const shim_batch *batch,
+                           const shim_kv *kv, int32_t layer, int32_t n_heads, int32_t rotary_dim,
+                           bool is_interleaved)
 {
-    viewed v;
-    view(&v, batch);
-    mil_rope_write_args args = {q,  qkv,   cos_table, sin_table,  &v.batch,      &v.slots,
-                                kv, layer, n_heads,   rotary_dim, is_interleaved};
+    shim_step step;
+    shim_lend_batch(s, &step, batch, NULL);
+    mil_kv pages = shim_lend_kv(s, kv, SHIM_BOTH);
+    int32_t n = batch->n_tokens;
+    int32_t bucket = step.batch.header != NULL ? step.batch.header->bucket_tokens : n;
+    size_t width = (size_t)(n_heads + 2 * kv->n_kv_heads) * (size_t)kv->head_dim;
+    size_t table_bytes = (size_t)n_positions * (size_t)(rotary_dim / 2) * sizeof(float);
+    mil_rope_write_args args = {
+        .q = shim_lend_rows(s, q, n, bucket, (size_t)n_heads * (size_t)kv->head_dim * sizeof *q,
+                            SHIM_BACK),
+        .qkv = shim_lend_rows(s, qkv, n, bucket, width * shim_product_bytes(s), SHIM_IN),
+        .cos_table = shim_lend(s, cos_table, table_bytes, SHIM_IN),
+        .sin_table = shim_lend(s, sin_table, table_bytes, SHIM_IN),
+        .batch = &step.batch,
+        .slots = &step.slots,
+        .kv = &pages,
+        .layer = layer,
+        .n_heads = n_heads,
+        .rotary_dim = rotary_dim,
+        .is_interleaved = is_interleaved,
+    };
     MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->rope_write(&s->context, &args));
 }
 
-/* repeat: for benchmarks, the op that often in one entry of the pool. */
+/* A step's begin, which notes the batch for attention, then attention. repeat: for benchmarks, the
+ * op that often in one entry of the pool. */
 mil_status shim_attention(shim *s, uint16_t *out, const uint16_t *q, const shim_batch *batch,
-                          const mil_kv *kv, int32_t layer, int32_t n_heads, float scale,
+                          const shim_kv *kv, int32_t layer, int32_t n_heads, float scale,
                           int32_t window, float softcap, int32_t repeat)
 {
-    viewed v;
-    view(&v, batch);
-    mil_attention_args args = {out,   q,       &v.batch, &v.slots, kv,
-                               layer, n_heads, scale,    window,   softcap};
-    mil_status status = MIL_OK;
+    shim_step step;
+    mil_lora_table none = {0};
+    shim_lend_batch(s, &step, batch, NULL);
+    mil_kv pages = shim_lend_kv(s, kv, SHIM_IN);
+    int32_t n = batch->n_tokens;
+    int32_t bucket = step.batch.header != NULL ? step.batch.header->bucket_tokens : n;
+    size_t row_bytes = (size_t)n_heads * (size_t)kv->head_dim * sizeof *q;
+    mil_attention_args args = {
+        .out = shim_lend_rows(s, out, n, bucket, row_bytes, SHIM_BACK),
+        .q = shim_lend_rows(s, q, n, bucket, row_bytes, SHIM_IN),
+        .batch = &step.batch,
+        .slots = &step.slots,
+        .kv = &pages,
+        .layer = layer,
+        .n_heads = n_heads,
+        .scale = scale,
+        .window = window,
+        .softcap = softcap,
+    };
+    mil_begin_args begin = {
+        .plan = step.plan,
+        .batch = &step.batch,
+        .adapters = shim_take_pinned(s, sizeof(void *)),
+        .slots = &step.slots,
+        .lora = &none,
+        .kv = &pages,
+        .tokens = shim_take(s, (size_t)bucket * sizeof(int32_t)),
+        .n_heads = n_heads,
+    };
     MIL_TRY(shim_enter(s));
+    mil_status status = s->context.backend->begin(&s->context, &begin);
     for (int32_t i = 0; i < repeat && status == MIL_OK; i++)
         status = s->context.backend->attention(&s->context, &args);
     return shim_leave(s, status);
 }
 
-mil_status shim_gather_tokens(shim *s, int32_t *tokens, const shim_batch *batch)
+/* adapters[i]: where the descriptors of command i's content lie, NULL to clear. */
+static void point_at_contents(shim *s, const mil_lora_module **adapters, const shim_extras *extras,
+                              const shim_state *state)
 {
-    viewed v;
-    view(&v, batch);
-    MIL_TRY(shim_enter(s));
+    size_t n = (size_t)state->n_layers * MIL_N_PROJECTIONS;
+    const mil_lora_module *contents =
+        shim_lend(s, state->contents, (size_t)state->n_contents * n * sizeof *contents, SHIM_IN);
+    for (int32_t i = 0; i < extras->n_adapter_sets && s->status == MIL_OK; i++) {
+        int32_t content = extras->adapter_sets[i].content;
+        adapters[i] = content < 0 ? NULL : contents + (size_t)content * n;
+    }
+}
+
+mil_status shim_begin(shim *s, int32_t *tokens, const shim_batch *batch, const shim_extras *extras,
+                      const shim_state *state)
+{
+    shim_step step;
+    shim_lend_batch(s, &step, batch, extras);
+    size_t n_slots = (size_t)batch->n_slots;
+    size_t n_modules = (size_t)state->n_adapters * (size_t)state->n_layers * MIL_N_PROJECTIONS;
+    step.slots.adapter_slot =
+        shim_lend(s, state->adapter_slot, n_slots * sizeof(int32_t), SHIM_BOTH);
+    step.slots.sampling = shim_lend(s, state->sampling, n_slots * sizeof(mil_sampling), SHIM_BOTH);
+    mil_lora_table lora = {
+        .n_slots = state->n_adapters,
+        .n_layers = state->n_layers,
+        .modules = shim_lend(s, state->modules, n_modules * sizeof(mil_lora_module), SHIM_BOTH),
+    };
+    const mil_lora_module **adapters =
+        shim_take_pinned(s, (size_t)(extras->n_adapter_sets + 1) * sizeof *adapters);
+    point_at_contents(s, adapters, extras, state);
+    int32_t bucket = step.batch.header != NULL ? step.batch.header->bucket_tokens : 1;
+    mil_kv kv = {.n_pages = 1,
+                 .page_size = 64,
+                 .n_kv_heads = s->maxima.n_kv_heads,
+                 .head_dim = s->maxima.head_dim};
     mil_begin_args args = {
-        .batch = &v.batch, .slots = &v.slots, .lora = &(mil_lora_table){0}, .tokens = tokens};
+        .plan = step.plan,
+        .batch = &step.batch,
+        .adapters = adapters,
+        .slots = &step.slots,
+        .lora = &lora,
+        .kv = &kv,
+        .tokens = shim_lend(s, tokens, (size_t)bucket * sizeof *tokens, SHIM_BACK),
+        .n_heads = s->maxima.n_heads,
+    };
+    /* begin itself must bring the plan to where the batch is read. */
+    if (s->status == MIL_OK && !s->context.backend->device->is_host)
+        s->status = s->context.backend->device->fill_16(
+            s->context.queue, (void *)(uintptr_t)step.batch.counts, 0xffff,
+            mil_plan_bytes(&step.batch.header->limits) / 2);
+    MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->begin(&s->context, &args));
 }
 
-mil_status shim_sample(shim *s, mil_sample *out, float *logits, const int32_t *slots_of,
-                       const int32_t *positions, const int32_t *feeds, mil_sampling *sampling,
-                       int32_t *last_token, int32_t n_slots, int32_t n_rows, int32_t vocab,
-                       int64_t ld)
+mil_status shim_sample(shim *s, mil_sample *out, const float *logits, const shim_extras *extras,
+                       const mil_sampling *sampling, int32_t *last_token, int32_t n_slots,
+                       int32_t first_row, int32_t n_rows, int32_t vocab, int64_t ld)
 {
-    mil_slots slots = {.n_slots = n_slots, .last_token = last_token, .sampling = sampling};
-    mil_plan_header header = {.n_logit_rows = n_rows, .bucket_logit_rows = n_rows};
-    mil_batch batch = {.header = &header,
-                       .counts = &header,
-                       .logit_slots = (int32_t *)(uintptr_t)slots_of,
-                       .logit_positions = (int32_t *)(uintptr_t)positions,
-                       .logit_feeds = (int32_t *)(uintptr_t)feeds};
-    mil_sample_args args = {out, logits, &batch, &slots, 0, n_rows, vocab, ld};
+    shim_step step;
+    const shim_batch batch = {.n_slots = n_slots, .last_token = last_token};
+    shim_lend_batch(s, &step, &batch, extras);
+    step.slots.sampling = shim_lend(s, sampling, (size_t)n_slots * sizeof *sampling, SHIM_IN);
+    int32_t n = extras->n_logit_rows - first_row; /* rows of the host */
+    n = n < n_rows ? n : n_rows;
+    shim_shape shape = {
+        .n_rows = (size_t)n,
+        .row_bytes = (size_t)vocab * sizeof *logits,
+        .stride_bytes = (size_t)ld * sizeof *logits,
+        .n_bytes = (size_t)n_rows * (size_t)ld * sizeof *logits,
+    };
+    mil_sample_args args = {
+        .out = shim_lend_rows(s, out, n, n_rows, sizeof *out, SHIM_BACK),
+        .logits = shim_lend_shaped(s, logits, shape, SHIM_IN),
+        .batch = &step.batch,
+        .slots = &step.slots,
+        .first_row = first_row,
+        .n_rows = n_rows,
+        .vocab = vocab,
+        .ld = ld,
+    };
     MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->sample(&s->context, &args));
 }

@@ -11,6 +11,10 @@ VENV   := .venv
 VPY    := $(VENV)/bin/python
 ROOMS  := base ops cpu loader comm layers model scheduler engine
 
+# auto: where this machine has a CUDA device or driver, and nvcc. 0: never. 1: or fail.
+MILPY_CUDA ?= auto
+CUDA_BUILD ?= $(if $(filter build/cpu,$(BUILD)),build/cuda,$(BUILD)/cuda)
+
 # The Python that `make ext` builds for: the active environment, else ours, else the system's.
 # `make demo`, `make test` and `make install` always use ours.
 ifdef VIRTUAL_ENV
@@ -66,6 +70,29 @@ else
 ISAS := scalar
 endif
 
+# The CUDA backend: NVCC, the toolkit's headers and cudart, or nothing. See tools/find_cuda.sh.
+ifneq ($(MILPY_CUDA),0)
+CUDA := $(shell sh tools/find_cuda.sh $(MILPY_CUDA))
+ifeq ($(CUDA),error)
+$(error MILPY_CUDA=$(MILPY_CUDA): CUDA cannot be built here, see above)
+endif
+endif
+NVCC      := $(word 1,$(CUDA))
+CUDA_LINK := $(if $(CUDA),-L$(word 3,$(CUDA)) -lcudart_static -ldl -lrt)
+# x.cu runs anywhere: code for sm_80 and sm_90, and PTX for what comes later. x_sm90.cu holds what only
+# Hopper has.
+GENCODE      ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 \
+	-gencode=arch=compute_80,code=compute_80
+GENCODE_SM90 ?= -gencode=arch=compute_90a,code=sm_90a
+# Host code without exceptions or guards, so that nothing of libstdc++ is linked.
+NVCCFLAGS := -std=c++17 -O3 -lineinfo -Icsrc -Xptxas=--warn-on-spills \
+	-Xcompiler=-fPIC,-pthread,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra
+ifeq ($(WERROR),1)
+NVCCFLAGS += --Werror=all-warnings
+endif
+# ptxas only notes that it serialised wgmma: as bad as a spill.
+PTXAS_NOTES := $(if $(filter 1,$(WERROR)),C7511|C7517,^never$$)
+
 # ---- what is built ----
 
 SRC      := $(foreach room,$(ROOMS),$(wildcard csrc/$(room)/*.c))
@@ -73,6 +100,11 @@ SRC_SIMD := $(filter %_simd.c,$(SRC))
 OBJ      := $(patsubst %.c,$(BUILD)/%.o,$(filter-out %_simd.c,$(SRC)))
 OBJ_SIMD := $(foreach isa,$(ISAS),$(patsubst %.c,$(BUILD)/%.$(isa).o,$(SRC_SIMD)))
 LIB      := $(BUILD)/libmilpy.a
+# Stand before the library in a link: their find.o knows CUDA, and the library's is left out.
+SRC_CUDA := $(wildcard csrc/kernels/*.cu csrc/kernels/*.c) csrc/ops/find.c
+OBJ_CUDA := $(if $(CUDA),$(patsubst %,$(CUDA_BUILD)/%.o,$(SRC_CUDA)))
+# Changes with what is linked, so that MILPY_CUDA=0 after 1 links again.
+LINKED   := $(BUILD)/linked
 
 PY_INFO    := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config_var('EXT_SUFFIX'), \
 	s.get_path('include'))" 2>/dev/null)
@@ -92,8 +124,8 @@ FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib ext codebase install-server install demo test test-c test-ref test-gpu asan tsan \
-	fuzz format lint tidy check bench clean help prerequisites
+.PHONY: all lib ext cuda cuda-objects codebase install-server install demo test test-c test-ref \
+	test-gpu test-gpu-here asan tsan fuzz format lint tidy check bench clean help prerequisites FORCE
 
 all: ext           ## the extension, in place (the same as ext)
 
@@ -101,7 +133,12 @@ lib: $(LIB)        ## the C core and the CPU kernels, as a static library
 
 ext: $(if $(SRC_EXT),$(EXT))        ## milpy/_C*.so for PYTHON, linked with the core; after an edit this is enough
 
-codebase: lib      ## C core and kernels
+codebase: lib $(OBJ_CUDA)          ## C core and kernels
+
+cuda:              ## compile every CUDA source; needs nvcc, no GPU and no cuBLAS
+	@$(MAKE) cuda-objects MILPY_CUDA=1
+
+cuda-objects: $(OBJ_CUDA)
 
 $(LIB): $(OBJ) $(OBJ_SIMD)
 	@rm -f $@
@@ -110,10 +147,11 @@ $(LIB): $(OBJ) $(OBJ_SIMD)
 	$(Q)$(AR) rcs $@ $^
 
 # Moved into place, so that a process that has the old file mapped keeps it.
-$(EXT): $(OBJ_EXT) $(LIB)
+$(EXT): $(OBJ_EXT) $(OBJ_CUDA) $(LIB) $(LINKED)
 	@mkdir -p $(@D)
 	@echo "  link $@"
-	$(Q)$(CC) -shared -o $(BUILD)/_C.so $(OBJ_EXT) $(LIB) $(LINK) -Wl,--exclude-libs,ALL -lm
+	$(Q)$(CC) -shared -o $(BUILD)/_C.so $(OBJ_EXT) $(OBJ_CUDA) $(LIB) $(LINK) $(CUDA_LINK) \
+		-Wl,--exclude-libs,ALL -lm
 	@mv -f $(BUILD)/_C.so $@
 
 $(foreach room,loader scheduler engine,$(eval $(BUILD)/csrc/$(room)/%.o: ROOM_FLAGS := -Wconversion))
@@ -133,6 +171,23 @@ ifneq ($(SRC_SIMD),)
 $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 endif
 
+$(LINKED): FORCE
+	@mkdir -p $(@D)
+	@echo "$(OBJ_CUDA) $(CUDA_LINK)" | cmp -s - $@ || echo "$(OBJ_CUDA) $(CUDA_LINK)" >$@
+
+$(filter %.c.o,$(OBJ_CUDA)): $(CUDA_BUILD)/%.o: % Makefile
+	@mkdir -p $(@D)
+	@echo "  cc   $@"
+	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -DMIL_WITH_CUDA=1 -isystem $(word 2,$(CUDA)) -MMD -MP \
+		-MF $(@:.o=.d) -c $< -o $@
+
+$(filter %.cu.o,$(OBJ_CUDA)): $(CUDA_BUILD)/%.o: % Makefile
+	@mkdir -p $(@D)
+	@echo "  nvcc $@"
+	$(Q)$(NVCC) $(NVCCFLAGS) $(if $(filter %_sm90.cu,$<),$(GENCODE_SM90),$(GENCODE)) -MMD -MP \
+		-MF $(@:.o=.d) -c $< -o $@ 2>$@.log; status=$$?; cat $@.log >&2; \
+		test $$status = 0 && ! grep -Eq '$(PTXAS_NOTES)' $@.log
+
 $(OBJ_EXT): $(BUILD)/py$(EXT_SUFFIX)/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	@echo "  cc   $@"
@@ -144,10 +199,11 @@ $(TESTS): $(BUILD)/tests/%: tests/c/%.c $(LIB) Makefile
 	@echo "  cc   $@"
 	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/c -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
 
-$(SHIM): $(wildcard tests/shim/*.c tests/shim/*.h csrc/ops/*.h) $(LIB) Makefile
+$(SHIM): $(wildcard tests/shim/*.c tests/shim/*.h csrc/ops/*.h) $(OBJ_CUDA) $(LIB) $(LINKED) Makefile
 	@mkdir -p $(@D)
 	@echo "  link $@"
-	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/shim -shared $(filter %.c,$^) -o $@.new $(LIB) $(LINK) -lm
+	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/shim -shared $(filter %.c,$^) -o $@.new \
+		$(OBJ_CUDA) $(LIB) $(LINK) $(CUDA_LINK) -Wl,--exclude-libs,ALL -lm
 	@mv -f $@.new $@
 
 $(FUZZERS): $(BUILD)/fuzz/%: tests/fuzz/%.c $(LIB) Makefile
@@ -155,7 +211,7 @@ $(FUZZERS): $(BUILD)/fuzz/%: tests/fuzz/%.c $(LIB) Makefile
 	@echo "  cc   $@"
 	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/fuzz -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
 
--include $(OBJ:.o=.d) $(OBJ_SIMD:.o=.d) $(OBJ_EXT:.o=.d) $(TESTS:=.d) $(FUZZERS:=.d)
+-include $(OBJ:.o=.d) $(OBJ_SIMD:.o=.d) $(OBJ_CUDA:.o=.d) $(OBJ_EXT:.o=.d) $(TESTS:=.d) $(FUZZERS:=.d)
 
 # ---- set-up: one stamp per extra, so that the second `make test` starts at once ----
 
@@ -205,9 +261,15 @@ test-ref: $(VENV)/.stamp-ref  ## compare with transformers and peft, live
 	@$(MAKE) ext PYTHON=$(VPY)
 	MILPY_TEST_REF=1 $(VPY) -m pytest -m ref $(PYTEST_ARGS)
 
+# pytest's 5 says that it ran no test: that is what skips and deselects amount to, and no failure.
+GPU_TESTS := -m pytest -rs -m "gpu or multigpu" $(PYTEST_ARGS)
 test-gpu: $(VENV)/.stamp-test ## the tests that need a GPU; each skips with its reason where there is none
-	@$(MAKE) ext PYTHON=$(VPY)
-	$(VPY) -m pytest -rs -m "gpu or multigpu" $(PYTEST_ARGS)
+	@$(MAKE) ext $(SHIM) PYTHON=$(VPY) MILPY_CUDA=$(if $(wildcard /dev/nvidia[0-9]*),1,0)
+	$(VPY) $(GPU_TESTS) || [ $$? -eq 5 ]
+
+test-gpu-here:                ## the same with PYTHON as it is: no .venv, no pip, no network
+	@$(MAKE) ext $(SHIM) MILPY_CUDA=1
+	$(PYTHON) $(GPU_TESTS) || [ $$? -eq 5 ]
 
 asan:                         ## core and C tests again, under ASan and UBSan
 	@$(MAKE) test-c BUILD=build/asan SAN=address,undefined
@@ -227,7 +289,7 @@ run-fuzzers: $(FUZZERS)
 
 # ---- form ----
 
-C_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c tests/c/*.h tests/c/*.c tests/shim/*.h \
+C_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/kernels/*.cu csrc/kernels/*.cuh tests/c/*.h tests/c/*.c tests/shim/*.h \
 	tests/shim/*.c tests/fuzz/*.h tests/fuzz/*.c)
 
 format: $(VENV)/.stamp-dev    ## rewrite C and Python in the house's format

@@ -4,7 +4,7 @@
  * M]: the library sees W as its A (transposed), x as its B, y as C and D. */
 #include "kernels/cublas.h"
 
-#include <cublasLt.h>
+#include "kernels/cublaslt.h"
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -59,6 +59,7 @@ typedef struct lt_entry {
     lt_key key;
     bool is_used;
     bool is_served; /* there is an algorithm */
+    bool is_warm;   /* its kernel is loaded */
     int32_t M;      /* that the layouts are for and the algorithm takes; 0: none */
     cublasLtMatmulAlgo_t algo;
     cublasLtMatmulDesc_t desc;
@@ -367,24 +368,52 @@ static bool is_aligned(const mil_cublas_product *p)
     return addresses % LEAST_ALIGNMENT == 0 && p->K % 8 == 0 && p->ldx % 8 == 0;
 }
 
-mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *p, bool *is_served)
+/* The entry that serves p; *out NULL where none does. */
+static mil_status serve(struct mil_cublas *cublas, lt_entry **out, const mil_cublas_product *p)
 {
-    static const float one = 1, zero = 0;
-    struct mil_cublas *cublas = queue->cublas;
     lt_entry *entry;
-    *is_served = false;
-    if (cublas == NULL || p->M <= 0 || !is_aligned(p))
-        return MIL_OK;
+    *out = NULL;
     MIL_TRY(find(cublas, &entry, p, mil_cublas_bucket(p->M)));
     if (!takes(cublas, entry, p->M))
         MIL_TRY(find(cublas, &entry, p, p->M));
-    if (!takes(cublas, entry, p->M))
-        return MIL_OK;
+    if (takes(cublas, entry, p->M))
+        *out = entry;
+    return MIL_OK;
+}
+
+static mil_status queue_product(mil_queue *queue, lt_entry *entry, const mil_cublas_product *p)
+{
+    static const float one = 1, zero = 0;
+    struct mil_cublas *cublas = queue->cublas;
     if (p->bias != NULL)
         MIL_TRY(set_bias(cublas, entry, p->bias));
     LT_TRY(cublas, Matmul, cublas->handle, entry->desc, &one, p->w, entry->w, p->x, entry->x, &zero,
            p->y, entry->y, p->y, entry->y, &entry->algo, cublas->workspace[p->is_side],
            WORKSPACE_BYTES, p->is_side ? queue->side : queue->stream);
+    return MIL_OK;
+}
+
+/* The first time the library loads a kernel, which a capture on this thread would forbid. */
+static mil_status queue_first(mil_queue *queue, lt_entry *entry, const mil_cublas_product *p)
+{
+    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    MIL_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode));
+    mil_status status = queue_product(queue, entry, p);
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+    entry->is_warm = status == MIL_OK;
+    return status;
+}
+
+mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *p, bool *is_served)
+{
+    lt_entry *entry;
+    *is_served = false;
+    if (queue->cublas == NULL || p->M <= 0 || !is_aligned(p))
+        return MIL_OK;
+    MIL_TRY(serve(queue->cublas, &entry, p));
+    if (entry == NULL)
+        return MIL_OK;
+    MIL_TRY(entry->is_warm ? queue_product(queue, entry, p) : queue_first(queue, entry, p));
     *is_served = true;
     return MIL_OK;
 }

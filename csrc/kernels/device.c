@@ -1,0 +1,489 @@
+/* The CUDA backend's device calls: streams, memory, copies, fences and graphs of one queue.
+ *
+ * Calls come from any thread. Each makes the queue's device current while it runs and may be made
+ * while another thread of the process captures a graph: nothing here takes part in a capture but
+ * its own, which is thread-local. Memory is plain cudaMalloc: taken once, before the first step. */
+#include "kernels/device.h"
+
+#include "kernels/cublas.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define OLDEST_CAPABILITY 80 /* bf16 tensor cores, cp.async */
+#define GIB ((double)(1 << 30))
+
+struct mil_graph {
+    cudaGraphExec_t exec;
+};
+
+/* ---- errors ---- */
+
+mil_status mil_cuda_status(cudaError_t error, const char *what)
+{
+    if (error == cudaSuccess)
+        return MIL_OK;
+    (void)cudaGetLastError();
+    return mil_fail(error == cudaErrorMemoryAllocation ? MIL_ERR_MEMORY : MIL_ERR_DEVICE,
+                    "cuda: %s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+}
+
+static mil_status count_failed(cudaError_t error)
+{
+    int has = 0;
+    int needs = CUDART_VERSION / 1000;
+    (void)cudaGetLastError();
+    if (error == cudaErrorNoDevice)
+        return mil_fail(MIL_ERR_DEVICE, "cuda: the driver shows no device, expected one or more");
+    if (cudaDriverGetVersion(&has) != cudaSuccess || has == 0)
+        return mil_fail(MIL_ERR_DEVICE,
+                        "cuda: found no NVIDIA driver (libcuda.so.1), expected one for CUDA %d.0 "
+                        "or newer",
+                        needs);
+    if (error == cudaErrorInsufficientDriver)
+        return mil_fail(MIL_ERR_DEVICE,
+                        "cuda: the NVIDIA driver is for CUDA %d.%d, expected CUDA %d.0 or newer",
+                        has / 1000, has % 1000 / 10, needs);
+    return mil_cuda_status(error, "counting devices");
+}
+
+mil_status mil_cuda_count(int32_t *n_devices)
+{
+    int n = 0;
+    cudaError_t error = cudaGetDeviceCount(&n);
+    if (error == cudaSuccess && n == 0)
+        error = cudaErrorNoDevice;
+    if (error != cudaSuccess)
+        return count_failed(error);
+    *n_devices = n;
+    return MIL_OK;
+}
+
+/* ---- on the right device ---- */
+
+mil_status mil_cuda_enter(const mil_queue *queue, int32_t *was)
+{
+    int now;
+    MIL_CUDA_TRY(cudaGetDevice(&now));
+    *was = now;
+    return now == queue->ordinal ? MIL_OK
+                                 : mil_cuda_status(cudaSetDevice(queue->ordinal), "cudaSetDevice");
+}
+
+mil_status mil_cuda_leave(const mil_queue *queue, int32_t was, mil_status status)
+{
+    if (was == queue->ordinal)
+        return status;
+    /* The first failure is the one to tell. */
+    if (status != MIL_OK) {
+        (void)cudaSetDevice(was);
+        return status;
+    }
+    return mil_cuda_status(cudaSetDevice(was), "cudaSetDevice");
+}
+
+/* A call that is no op: what a capture forbids to other threads is allowed while it runs. */
+typedef struct call {
+    int32_t was;
+    enum cudaStreamCaptureMode mode;
+} call;
+
+static mil_status begin_call(const mil_queue *queue, call *it)
+{
+    MIL_TRY(mil_cuda_enter(queue, &it->was));
+    it->mode = cudaStreamCaptureModeRelaxed;
+    (void)cudaThreadExchangeStreamCaptureMode(&it->mode);
+    return MIL_OK;
+}
+
+static mil_status end_call(const mil_queue *queue, call *it, mil_status status)
+{
+    (void)cudaThreadExchangeStreamCaptureMode(&it->mode);
+    return mil_cuda_leave(queue, it->was, status);
+}
+
+/* ---- queues ---- */
+
+static mil_status read_path(mil_queue *queue, int32_t capability)
+{
+    const char *path = getenv("MILPY_CUDA_PATH");
+    const char *pdl = getenv("MILPY_CUDA_PDL");
+    bool is_forced = path != NULL && path[0] != '\0';
+    bool is_off = pdl != NULL && strcmp(pdl, "0") == 0;
+    if (is_forced && strcmp(path, "portable") != 0)
+        return mil_fail(MIL_ERR_ARGUMENT,
+                        "MILPY_CUDA_PATH is \"%s\", expected \"portable\" or nothing", path);
+    if (pdl != NULL && !is_off && pdl[0] != '\0' && strcmp(pdl, "1") != 0)
+        return mil_fail(MIL_ERR_ARGUMENT, "MILPY_CUDA_PDL is \"%s\", expected 0 or 1", pdl);
+    /* sm_90a code runs on 9.0 alone. */
+    queue->path = capability == 90 && !is_forced ? MIL_CUDA_SM90 : MIL_CUDA_PORTABLE;
+    /* Kernels that came from the PTX of an older architecture hold no wait for the one before. */
+    int32_t arch;
+    MIL_TRY(mil_cuda_kernels_arch(&arch));
+    queue->has_pdl = capability >= 90 && arch >= 90 && !is_off;
+    return MIL_OK;
+}
+
+static mil_status read_device(mil_queue *queue)
+{
+    struct cudaDeviceProp properties;
+    MIL_CUDA_TRY(cudaGetDeviceProperties(&properties, queue->ordinal));
+    int32_t capability = properties.major * 10 + properties.minor;
+    memcpy(queue->device_name, properties.name, sizeof queue->device_name - 1);
+    queue->n_sms = properties.multiProcessorCount;
+    queue->shared_bytes = (int32_t)properties.sharedMemPerBlockOptin;
+    if (capability < OLDEST_CAPABILITY)
+        return mil_fail(MIL_ERR_DEVICE,
+                        "cuda:%d (%s): compute capability is %d.%d, expected 8.0 or newer",
+                        queue->ordinal, queue->device_name, properties.major, properties.minor);
+    return read_path(queue, capability);
+}
+
+static mil_status make_streams(mil_queue *queue)
+{
+    MIL_CUDA_TRY(cudaStreamCreateWithFlags(&queue->stream, cudaStreamNonBlocking));
+    MIL_CUDA_TRY(cudaStreamCreateWithFlags(&queue->side, cudaStreamNonBlocking));
+    MIL_CUDA_TRY(cudaEventCreateWithFlags(&queue->fork, cudaEventDisableTiming));
+    MIL_CUDA_TRY(cudaEventCreateWithFlags(&queue->join, cudaEventDisableTiming));
+    for (int32_t i = 0; i < MIL_N_FENCES; i++)
+        MIL_CUDA_TRY(cudaEventCreateWithFlags(&queue->fences[i], cudaEventDisableTiming));
+    return MIL_OK;
+}
+
+static void destroy_event(cudaEvent_t event)
+{
+    if (event != NULL)
+        (void)cudaEventDestroy(event);
+}
+
+static void destroy_stream(cudaStream_t stream)
+{
+    if (stream == NULL)
+        return;
+    (void)cudaStreamSynchronize(stream);
+    (void)cudaStreamDestroy(stream);
+}
+
+static void destroy(mil_queue *queue)
+{
+    destroy_stream(queue->side);
+    destroy_stream(queue->stream);
+    mil_cublas_free(queue->cublas);
+    destroy_event(queue->fork);
+    destroy_event(queue->join);
+    for (int32_t i = 0; i < MIL_N_FENCES; i++)
+        destroy_event(queue->fences[i]);
+    (void)cudaGetLastError();
+    mil_free(queue);
+}
+
+static mil_status fill_queue(mil_queue *queue)
+{
+    MIL_TRY(read_device(queue));
+    MIL_TRY(make_streams(queue));
+    return mil_cublas_create(&queue->cublas, queue);
+}
+
+static mil_status queue_open(struct mil_queue **out, int32_t ordinal)
+{
+    int32_t n_devices;
+    mil_queue *queue;
+    call it;
+    MIL_TRY(mil_cuda_count(&n_devices));
+    if (ordinal < 0 || ordinal >= n_devices)
+        return mil_fail(MIL_ERR_DEVICE, "cuda:%d: found %d device%s, expected cuda:0..%d", ordinal,
+                        n_devices, n_devices == 1 ? "" : "s", n_devices - 1);
+    MIL_TRY(mil_alloc_checked((void **)&queue, 1, sizeof *queue, "cuda queue"));
+    queue->ordinal = ordinal;
+    mil_status status = begin_call(queue, &it);
+    if (status == MIL_OK)
+        status = end_call(queue, &it, fill_queue(queue));
+    if (status != MIL_OK) {
+        destroy(queue);
+        return status;
+    }
+    *out = queue;
+    return MIL_OK;
+}
+
+static void queue_close(struct mil_queue *queue)
+{
+    call it;
+    if (queue == NULL)
+        return;
+    int32_t ordinal = queue->ordinal;
+    bool is_entered = begin_call(queue, &it) == MIL_OK;
+    destroy(queue);
+    if (is_entered) {
+        const mil_queue gone = {.ordinal = ordinal};
+        (void)end_call(&gone, &it, MIL_OK);
+    }
+}
+
+/* ---- memory ---- */
+
+static mil_status free_bytes(struct mil_queue *queue, uint64_t *n_free, uint64_t *n_total)
+{
+    call it;
+    size_t is_free = 0, total = 0;
+    MIL_TRY(begin_call(queue, &it));
+    mil_status status = mil_cuda_status(cudaMemGetInfo(&is_free, &total), "cudaMemGetInfo");
+    *n_free = is_free;
+    *n_total = total;
+    return end_call(queue, &it, status);
+}
+
+static mil_status no_memory(const mil_queue *queue, size_t n_bytes, const char *what)
+{
+    size_t is_free = 0, total = 0;
+    (void)cudaGetLastError();
+    (void)cudaMemGetInfo(&is_free, &total);
+    return mil_fail(MIL_ERR_MEMORY,
+                    "%s: cuda:%d (%s) refused %.3f GiB, %.3f GiB of %.3f GiB are free", what,
+                    queue->ordinal, queue->device_name, (double)n_bytes / GIB,
+                    (double)is_free / GIB, (double)total / GIB);
+}
+
+static mil_status take(mil_queue *queue, mil_slab *slab, size_t n_bytes, const char *what)
+{
+    void *data;
+    cudaError_t error = cudaMalloc(&data, n_bytes);
+    if (error == cudaErrorMemoryAllocation)
+        return no_memory(queue, n_bytes, what);
+    MIL_TRY(mil_cuda_status(error, what));
+    error = cudaMemsetAsync(data, 0, n_bytes, queue->stream);
+    /* Other streams read it too. */
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(queue->stream);
+    if (error != cudaSuccess) {
+        (void)cudaFree(data);
+        return mil_cuda_status(error, what);
+    }
+    slab->data = data;
+    slab->n_bytes = n_bytes;
+    return MIL_OK;
+}
+
+static mil_status alloc(struct mil_queue *queue, mil_slab *slab, size_t n_bytes, const char *what)
+{
+    call it;
+    memset(slab, 0, sizeof *slab);
+    MIL_TRY(begin_call(queue, &it));
+    return end_call(queue, &it, take(queue, slab, n_bytes, what));
+}
+
+static void give_back(struct mil_queue *queue, mil_slab *slab)
+{
+    call it;
+    if (slab->data == NULL)
+        return;
+    if (begin_call(queue, &it) == MIL_OK) {
+        /* After a fault every call fails; the memory went with the context. */
+        if (cudaFree(slab->data) != cudaSuccess)
+            (void)cudaGetLastError();
+        (void)end_call(queue, &it, MIL_OK);
+    }
+    memset(slab, 0, sizeof *slab);
+}
+
+static mil_status alloc_host(struct mil_queue *queue, mil_slab *slab, size_t n_bytes,
+                             const char *what)
+{
+    call it;
+    void *data = NULL;
+    memset(slab, 0, sizeof *slab);
+    MIL_TRY(begin_call(queue, &it));
+    cudaError_t error = cudaHostAlloc(&data, n_bytes, cudaHostAllocPortable | cudaHostAllocMapped);
+    mil_status status = MIL_OK;
+    if (error == cudaErrorMemoryAllocation) {
+        (void)cudaGetLastError();
+        status = mil_fail(MIL_ERR_MEMORY, "%s: cuda:%d (%s): the system refused %zu pinned bytes",
+                          what, queue->ordinal, queue->device_name, n_bytes);
+    } else {
+        status = mil_cuda_status(error, what);
+    }
+    if (status == MIL_OK) {
+        memset(data, 0, n_bytes);
+        *slab = (mil_slab){data, n_bytes};
+    }
+    return end_call(queue, &it, status);
+}
+
+static void free_host(struct mil_queue *queue, mil_slab *slab)
+{
+    call it;
+    if (slab->data == NULL)
+        return;
+    if (begin_call(queue, &it) == MIL_OK) {
+        if (cudaFreeHost(slab->data) != cudaSuccess)
+            (void)cudaGetLastError();
+        (void)end_call(queue, &it, MIL_OK);
+    }
+    memset(slab, 0, sizeof *slab);
+}
+
+/* ---- order ---- */
+
+/* What the stream ran before may have failed as well: an asynchronous fault surfaces here. */
+static mil_status drained(const mil_queue *queue, cudaError_t error)
+{
+    if (error == cudaSuccess)
+        return MIL_OK;
+    (void)cudaGetLastError();
+    return mil_fail(MIL_ERR_DEVICE, "cuda:%d (%s): what was queued has failed: %s (%s)",
+                    queue->ordinal, queue->device_name, cudaGetErrorString(error),
+                    cudaGetErrorName(error));
+}
+
+static mil_status copy(mil_queue *queue, void *to, const void *from, size_t n_bytes,
+                       enum cudaMemcpyKind kind)
+{
+    call it;
+    MIL_TRY(begin_call(queue, &it));
+    cudaError_t error = cudaMemcpyAsync(to, from, n_bytes, kind, queue->stream);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(queue->stream);
+    return end_call(queue, &it, drained(queue, error));
+}
+
+static mil_status copy_in(struct mil_queue *queue, void *device, const void *host, size_t n_bytes)
+{
+    return copy(queue, device, host, n_bytes, cudaMemcpyHostToDevice);
+}
+
+static mil_status copy_out(struct mil_queue *queue, void *host, const void *device, size_t n_bytes)
+{
+    return copy(queue, host, device, n_bytes, cudaMemcpyDeviceToHost);
+}
+
+static mil_status send_out(struct mil_queue *queue, void *host, const void *device, size_t n_bytes)
+{
+    int32_t was;
+    MIL_TRY(mil_cuda_enter(queue, &was));
+    cudaError_t error =
+        cudaMemcpyAsync(host, device, n_bytes, cudaMemcpyDeviceToHost, queue->stream);
+    return mil_cuda_leave(queue, was, mil_cuda_status(error, "sending results out"));
+}
+
+static mil_status fill_16(struct mil_queue *queue, void *device, uint16_t word, size_t n)
+{
+    int32_t was;
+    MIL_TRY(mil_cuda_enter(queue, &was));
+    return mil_cuda_leave(queue, was, mil_cuda_fill_16(queue, device, word, n));
+}
+
+static mil_status synchronize(struct mil_queue *queue)
+{
+    call it;
+    MIL_TRY(begin_call(queue, &it));
+    return end_call(queue, &it, drained(queue, cudaStreamSynchronize(queue->stream)));
+}
+
+static mil_status record(struct mil_queue *queue, int32_t index)
+{
+    call it;
+    MIL_TRY(begin_call(queue, &it));
+    cudaError_t error = cudaEventRecord(queue->fences[index], queue->stream);
+    return end_call(queue, &it, mil_cuda_status(error, "recording a fence"));
+}
+
+static mil_status wait(struct mil_queue *queue, int32_t index)
+{
+    call it;
+    MIL_TRY(begin_call(queue, &it));
+    return end_call(queue, &it, drained(queue, cudaEventSynchronize(queue->fences[index])));
+}
+
+/* ---- graphs ---- */
+
+static mil_status capture_begin(struct mil_queue *queue)
+{
+    call it;
+    MIL_TRY(begin_call(queue, &it));
+    cudaError_t error = cudaStreamBeginCapture(queue->stream, cudaStreamCaptureModeThreadLocal);
+    return end_call(queue, &it, mil_cuda_status(error, "beginning a capture"));
+}
+
+/* Uploaded now, so that its first launch costs no more than the next. */
+static mil_status instantiate(mil_queue *queue, struct mil_graph *graph, cudaGraph_t captured)
+{
+    MIL_CUDA_TRY(cudaGraphInstantiate(&graph->exec, captured, 0));
+    MIL_CUDA_TRY(cudaGraphUpload(graph->exec, queue->stream));
+    return MIL_OK;
+}
+
+static void free_graph(struct mil_graph *graph)
+{
+    if (graph->exec != NULL && cudaGraphExecDestroy(graph->exec) != cudaSuccess)
+        (void)cudaGetLastError();
+    mil_free(graph);
+}
+
+static mil_status end_capture(mil_queue *queue, struct mil_graph **out)
+{
+    cudaGraph_t captured = NULL;
+    struct mil_graph *graph = NULL;
+    mil_status status =
+        mil_cuda_status(cudaStreamEndCapture(queue->stream, &captured), "ending a capture");
+    if (status == MIL_OK)
+        status = mil_alloc_checked((void **)&graph, 1, sizeof *graph, "cuda graph");
+    if (status == MIL_OK)
+        status = instantiate(queue, graph, captured);
+    if (captured != NULL)
+        (void)cudaGraphDestroy(captured);
+    if (status == MIL_OK)
+        *out = graph;
+    else if (graph != NULL)
+        free_graph(graph);
+    return status;
+}
+
+static mil_status capture_end(struct mil_queue *queue, struct mil_graph **out)
+{
+    call it;
+    MIL_TRY(begin_call(queue, &it));
+    return end_call(queue, &it, end_capture(queue, out));
+}
+
+static mil_status graph_launch(struct mil_queue *queue, struct mil_graph *graph)
+{
+    int32_t was;
+    MIL_TRY(mil_cuda_enter(queue, &was));
+    cudaError_t error = cudaGraphLaunch(graph->exec, queue->stream);
+    return mil_cuda_leave(queue, was, mil_cuda_status(error, "launching a graph"));
+}
+
+static void graph_free(struct mil_queue *queue, struct mil_graph *graph)
+{
+    call it;
+    if (graph == NULL)
+        return;
+    bool is_entered = begin_call(queue, &it) == MIL_OK;
+    free_graph(graph);
+    if (is_entered)
+        (void)end_call(queue, &it, MIL_OK);
+}
+
+const mil_device mil_cuda_device = {
+    .name = "cuda",
+    .is_host = false,
+    .depth = 2,
+    .open = queue_open,
+    .close = queue_close,
+    .free_bytes = free_bytes,
+    .alloc = alloc,
+    .free = give_back,
+    .alloc_host = alloc_host,
+    .free_host = free_host,
+    .copy_in = copy_in,
+    .copy_out = copy_out,
+    .send_out = send_out,
+    .fill_16 = fill_16,
+    .synchronize = synchronize,
+    .record = record,
+    .wait = wait,
+    .capture_begin = capture_begin,
+    .capture_end = capture_end,
+    .graph_launch = graph_launch,
+    .graph_free = graph_free,
+};

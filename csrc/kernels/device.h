@@ -1,0 +1,29 @@
+/* What device.c, fill.cu and backend.c share: the device's calls, and being on the right device. */
+#pragma once
+
+#include "kernels/cuda.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+extern const mil_device mil_cuda_device;
+
+/* Devices that a driver of this build's CUDA can use, at least one. MIL_ERR_DEVICE says what is
+ * missing: a driver, a newer one, a device. */
+mil_status mil_cuda_count(int32_t *n_devices) MIL_WARN_UNUSED;
+
+/* A thread's current device is its own affair: queue's is made current, and what was is put back.
+ */
+mil_status mil_cuda_enter(const mil_queue *queue, int32_t *was) MIL_WARN_UNUSED;
+/* Put `was` back; returns status. */
+mil_status mil_cuda_leave(const mil_queue *queue, int32_t was, mil_status status) MIL_WARN_UNUSED;
+
+/* n 16-bit words of device memory, 2-byte aligned, on the queue's stream. */
+mil_status mil_cuda_fill_16(mil_queue *queue, void *device, uint16_t word, size_t n);
+/* The architecture that the kernels now loaded were written for, as PTX counts: 80, 90. */
+mil_status mil_cuda_kernels_arch(int32_t *arch) MIL_WARN_UNUSED;
+
+#ifdef __cplusplus
+}
+#endif

@@ -32,15 +32,17 @@ typedef struct mil_cpu_product {
 /* Run the region: pack x, base panels and A panels as one list, a barrier, expand. */
 mil_status mil_cpu_product_run(mil_context *context, mil_cpu_product *product);
 
-/* Where a thread is in the list of A panels of all segments and parts; it only moves on. */
+/* Where a thread is in the list of A panels of all segments and parts, each over one piece of the
+ * segment's rows after another; it only moves on. */
 typedef struct mil_cpu_shrink_cursor {
     int32_t segment, part;
-    int32_t first; /* index in the list of this module's first panel */
+    int32_t first; /* index in the list of this module's first piece */
 } mil_cpu_shrink_cursor;
 
-/* Compute A panel `index` of the list into v; false when the list is shorter. */
+/* Compute piece `index` of the list into v; false when the list is shorter. */
 bool mil_cpu_shrink_panel(const mil_cpu_product *product, mil_cpu_shrink_cursor *at, int32_t index);
-/* Add one of n_portions of every part's columns to y, for all segments. */
+/* Add one of n_portions to y, for all segments: of every part's columns where act follows (it takes
+ * the same columns) or rows are few, else of rows. */
 void mil_cpu_expand_portion(const mil_cpu_product *product, int32_t portion, int32_t n_portions);
 
 /* ---- geometry ---- */

@@ -10,6 +10,9 @@
 
 #define GROUP MIL_CPU_GROUP
 #define SHRINK_AHEAD_BYTES 1024
+/* Rows of one piece of shrink's work: a panel over a long chunk alone would keep one thread while
+ * the others wait. Whole tiles of every instruction set. */
+#define SHRINK_ROWS 48
 
 static const mil_lora_module *module_of(const mil_lora_args *lora, int32_t segment, int32_t part)
 {
@@ -44,17 +47,16 @@ static void shrink_rows(const mil_cpu_product *p, const mil_lora_module *module,
     }
 }
 
-/* One A panel over all rows of a segment, in runs of neighbours: decode rows come one by one, a
- * chunk is a single run. */
-static void shrink_segment(const mil_cpu_product *p, int32_t segment, int32_t part, int32_t panel)
+/* One A panel over rows [begin, end) of lora_rows, in runs of neighbours: decode rows come one by
+ * one, a chunk is a single run. */
+static void shrink_chunk(const mil_cpu_product *p, const mil_lora_module *module, int32_t part,
+                         int32_t panel, int32_t begin, int32_t end)
 {
     const mil_lora_args *lora = p->lora;
-    const mil_lora_module *module = module_of(lora, segment, part);
     const int32_t *rows = lora->batch->lora_rows;
     const uint16_t *a =
         (const uint16_t *)module->a + (int64_t)panel * GROUP * 2 * mil_cpu_ceil_div(p->K, 2);
-    int32_t end = lora->batch->segment_indptr[segment + 1];
-    for (int32_t i = lora->batch->segment_indptr[segment]; i < end;) {
+    for (int32_t i = begin; i < end;) {
         int32_t n = 1;
         while (i + n < end && rows[i + n] == rows[i] + n)
             n++;
@@ -66,14 +68,20 @@ static void shrink_segment(const mil_cpu_product *p, int32_t segment, int32_t pa
 
 bool mil_cpu_shrink_panel(const mil_cpu_product *p, mil_cpu_shrink_cursor *at, int32_t index)
 {
+    const int32_t *indptr = p->lora->batch->segment_indptr;
     while (at->segment < p->lora->batch->header->n_segments) {
         const mil_lora_module *module = module_of(p->lora, at->segment, at->part);
+        int32_t begin = indptr[at->segment], end = indptr[at->segment + 1];
         int32_t n_panels = module->rank > 0 ? module->padded_rank / GROUP : 0;
-        if (index < at->first + n_panels) {
-            shrink_segment(p, at->segment, at->part, index - at->first);
+        int32_t n_chunks = mil_cpu_ceil_div(end - begin, SHRINK_ROWS);
+        int32_t item = index - at->first;
+        if (item < n_panels * n_chunks) {
+            begin += item % n_chunks * SHRINK_ROWS;
+            shrink_chunk(p, module, at->part, item / n_chunks, begin,
+                         mil_cpu_smaller(begin + SHRINK_ROWS, end));
             return true;
         }
-        at->first += n_panels;
+        at->first += n_panels * n_chunks;
         if (++at->part == p->lora->n_parts) {
             at->part = 0;
             at->segment++;
@@ -84,12 +92,28 @@ bool mil_cpu_shrink_panel(const mil_cpu_product *p, mil_cpu_shrink_cursor *at, i
 
 /* ---- expand ---- */
 
-/* B panels [begin, end) of a part, for all rows of a segment. */
-static void expand_part(const mil_cpu_product *p, int32_t segment, int32_t part, int32_t begin,
-                        int32_t end)
+/* Which panels of a part, and which of lora_rows, one piece of expand's work has. */
+typedef struct share {
+    int32_t index, n_shares;
+} share;
+
+static int32_t share_begin(share mine, int32_t n)
+{
+    return (int32_t)((int64_t)n * mine.index / mine.n_shares);
+}
+
+static int32_t share_end(share mine, int32_t n)
+{
+    return (int32_t)((int64_t)n * (mine.index + 1) / mine.n_shares);
+}
+
+/* A share of a part's B panels, for n_rows <= MIL_CPU_EXPAND_ROWS of lora_rows from `row` on. */
+static void expand_part(const mil_cpu_product *p, const mil_lora_module *module, int32_t part,
+                        share columns, int32_t row, int32_t n_rows)
 {
     const mil_lora_args *lora = p->lora;
-    const mil_lora_module *module = module_of(lora, segment, part);
+    int32_t n_panels = mil_cpu_ceil_div(p->weight->part_rows[part], GROUP);
+    int32_t begin = share_begin(columns, n_panels), end = share_end(columns, n_panels);
     if (module->rank == 0 || begin == end)
         return;
     /* A panel's columns must lie side by side in y: interleave is what this backend asked for. */
@@ -98,24 +122,39 @@ static void expand_part(const mil_cpu_product *p, int32_t segment, int32_t part,
     int32_t step = p->weight->interleave > 0 ? GROUP * p->weight->n_parts : GROUP;
     int32_t last_width = mil_cpu_smaller(GROUP, module->out - (end - 1) * GROUP);
     const uint16_t *b = (const uint16_t *)module->b + (int64_t)begin * GROUP * module->padded_rank;
-    int32_t last = lora->batch->segment_indptr[segment + 1];
-    for (int32_t i = lora->batch->segment_indptr[segment]; i < last; i += MIL_CPU_EXPAND_ROWS) {
-        const float *v = lora->v + i * lora->v_stride + part * lora->v_part_stride;
-        p->kernels->lora->expand(p->y + column, p->ldy, lora->batch->lora_rows + i,
-                                 mil_cpu_smaller(MIL_CPU_EXPAND_ROWS, last - i), v, lora->v_stride,
-                                 b, end - begin, module->padded_rank, step, last_width);
+    const float *v = lora->v + row * lora->v_stride + part * lora->v_part_stride;
+    p->kernels->lora->expand(p->y + column, p->ldy, lora->batch->lora_rows + row, n_rows, v,
+                             lora->v_stride, b, end - begin, module->padded_rank, step, last_width);
+}
+
+/* Parts of a few rows one after another, since those of gate and up share lines of y. */
+static void expand_share(const mil_cpu_product *p, share columns, share rows)
+{
+    const mil_lora_args *lora = p->lora;
+    int32_t n_blocks = mil_cpu_ceil_div(lora->batch->header->n_lora_rows, MIL_CPU_EXPAND_ROWS);
+    int32_t first = share_begin(rows, n_blocks) * MIL_CPU_EXPAND_ROWS;
+    int32_t last = share_end(rows, n_blocks) * MIL_CPU_EXPAND_ROWS;
+    for (int32_t segment = 0; segment < lora->batch->header->n_segments; segment++) {
+        int32_t i = lora->batch->segment_indptr[segment];
+        int32_t end = mil_cpu_smaller(last, lora->batch->segment_indptr[segment + 1]);
+        for (i = i < first ? first : i; i < end; i += MIL_CPU_EXPAND_ROWS) {
+            for (int32_t part = 0; part < lora->n_parts; part++)
+                expand_part(p, module_of(lora, segment, part), part, columns, i,
+                            mil_cpu_smaller(MIL_CPU_EXPAND_ROWS, end - i));
+        }
     }
 }
 
 void mil_cpu_expand_portion(const mil_cpu_product *p, int32_t portion, int32_t n_portions)
 {
-    for (int32_t segment = 0; segment < p->lora->batch->header->n_segments; segment++) {
-        for (int32_t part = 0; part < p->lora->n_parts; part++) {
-            int64_t n_panels = mil_cpu_ceil_div(p->weight->part_rows[part], GROUP);
-            expand_part(p, segment, part, (int32_t)(n_panels * portion / n_portions),
-                        (int32_t)(n_panels * (portion + 1) / n_portions));
-        }
-    }
+    const share all = {0, 1}, mine = {portion, n_portions};
+    int32_t n_rows = p->lora->batch->header->n_lora_rows;
+    /* Whole rows stream best, where there are enough for all threads; but an activation that
+     * follows takes this portion's columns. */
+    if (p->act == NULL && n_rows >= n_portions / 2 * MIL_CPU_EXPAND_ROWS)
+        expand_share(p, all, mine);
+    else
+        expand_share(p, mine, all);
 }
 
 /* ---- the plain ops ---- */

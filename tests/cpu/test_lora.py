@@ -33,11 +33,13 @@ def merged(weight: Weight, x: Array, adapters: list[Adapter]) -> Array:
     return np.concatenate(parts, 1)[:, weight.order()]
 
 
-def make(shim: Shim, part_rows: list[int], interleave: int) -> tuple[Weight, Array, list[Adapter]]:
+def make(
+    shim: Shim, part_rows: list[int], interleave: int, n_rows: int = T
+) -> tuple[Weight, Array, list[Adapter]]:
     rng = np.random.default_rng(len(part_rows))
     parts = [bf16(rng.standard_normal((rows, K)) / K**0.5) for rows in part_rows]
     adapters = [random_adapter(rng, ranks[: len(parts)], K, part_rows) for ranks in RANKS]
-    return Weight(shim, parts, interleave), bf16(rng.standard_normal((T, K))), adapters
+    return Weight(shim, parts, interleave), bf16(rng.standard_normal((n_rows, K))), adapters
 
 
 @pytest.mark.parametrize("is_fused", [True, False])
@@ -70,6 +72,24 @@ def test_a_row_keeps_its_bits_without_batch_mates(isa: str) -> None:
                 alone[index] = [0]
                 segments = Segments(weight, adapters, alone, 1)
                 assert np.array_equal(linear_lora(weight, x[[row]], segments, True)[0], y[row])
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize(("part_rows", "interleave"), [([40, 24, 8], 0), ([48, 48], 16), ([33], 0)])
+def test_a_long_batch_has_the_bits_of_its_rows_in_small_ones(
+    isa: str, part_rows: list[int], interleave: int, n_threads: int
+) -> None:
+    """Work over many rows is dealt in other pieces than over few, which end inside segments."""
+    n_rows = 167
+    rows_of = [[*range(2, 103)], [*range(104, 120)], [*range(121, n_rows, 2)]]
+    with Shim(isa, n_threads, hidden=K, max_tokens=n_rows) as shim:
+        weight, x, adapters = make(shim, part_rows, interleave, n_rows)
+        y = linear_lora(weight, x, Segments(weight, adapters, rows_of, n_rows), True)
+        for begin in range(0, n_rows, 11):
+            piece = range(begin, min(begin + 11, n_rows))
+            local = [[row - begin for row in rows if row in piece] for rows in rows_of]
+            few = Segments(weight, adapters, local, len(piece))
+            assert np.array_equal(linear_lora(weight, x[piece], few, True), y[piece])
 
 
 def test_no_segments_is_the_base_product(isa: str) -> None:

@@ -3,8 +3,9 @@
  *
  * x [T, H] fp32; residual [T, H] bf16; weight [H] fp32; out [n_rows, H] bf16. One block a row. The
  * sum of squares is a chain in each thread, then a tree: its order is a function of H alone, so a
- * row's bits do not depend on its batch. Bound by bytes: 12 H a row with a residual (x read and
- * written, residual read, out written); x stays in registers between the sum and the scaling.
+ * row's bits do not depend on its batch; 1 / H and rsqrt.approx put r off by some 2^-22 of itself.
+ * Bound by bytes: 12 H a row with a residual (x read and written, residual read, out written); x
+ * stays in registers between the sum and the scaling.
  *
  * rows, where given, ascend, and padding repeats row 0 (see begin.cu): a row that does not ascend
  * is padding, and its x is left alone, since the row it names is another block's. */
@@ -44,7 +45,7 @@ static __device__ __forceinline__ float block_sum(float x)
 /* H % VECTOR == 0, H <= VECTOR * n_vectors * blockDim.x. */
 template <int n_vectors>
 static __global__ void __launch_bounds__(MAX_THREADS)
-    norm_kernel(const __grid_constant__ mil_norm_args args)
+    norm_kernel(const __grid_constant__ mil_norm_args args, float inverse_hidden)
 {
     const int32_t n = args.hidden / VECTOR;
     const int32_t first = (int32_t)threadIdx.x, step = (int32_t)blockDim.x;
@@ -90,7 +91,7 @@ static __global__ void __launch_bounds__(MAX_THREADS)
         squares = fmaf(x[i].z, x[i].z, squares);
         squares = fmaf(x[i].w, x[i].w, squares);
     }
-    float r = 1.0f / sqrtf(block_sum(squares) / (float)args.hidden + args.eps);
+    float r = rsqrtf(block_sum(squares) * inverse_hidden + args.eps);
     uint2 *out = (uint2 *)(args.out + (int64_t)blockIdx.x * args.hidden);
     float offset = args.weight_offset;
 #pragma unroll
@@ -104,7 +105,7 @@ static __global__ void __launch_bounds__(MAX_THREADS)
 
 /* Any H: x is read again for the scaling, by the thread that wrote it. */
 static __global__ void __launch_bounds__(ANY_THREADS)
-    norm_any_kernel(const __grid_constant__ mil_norm_args args)
+    norm_any_kernel(const __grid_constant__ mil_norm_args args, float inverse_hidden)
 {
     mil_let_next_start();
     mil_wait_for_previous();
@@ -125,7 +126,7 @@ static __global__ void __launch_bounds__(ANY_THREADS)
     }
     if (args.out == nullptr)
         return;
-    float r = 1.0f / sqrtf(block_sum(squares) / (float)args.hidden + args.eps);
+    float r = rsqrtf(block_sum(squares) * inverse_hidden + args.eps);
     uint16_t *out = args.out + (int64_t)blockIdx.x * args.hidden;
     for (int32_t d = (int32_t)threadIdx.x; d < args.hidden; d += ANY_THREADS)
         out[d] = mil_round(x[d] * r * (args.weight_offset + args.weight[d]));
@@ -139,10 +140,10 @@ extern "C" mil_status mil_cuda_norm(mil_context *context, const mil_norm_args *a
         return MIL_OK;
     if (H % VECTOR != 0 || H > VECTOR * WIDE_VECTORS * MAX_THREADS)
         return mil_launch(queue, "norm", norm_any_kernel, dim3(args->n_rows), dim3(ANY_THREADS), 0,
-                          *args);
+                          *args, 1.0f / (float)H);
     bool is_narrow = H <= NARROW;
     int32_t per_thread = VECTOR * (is_narrow ? 1 : WIDE_VECTORS);
     int32_t n_warps = (H + per_thread * MIL_WARP - 1) / (per_thread * MIL_WARP);
     return mil_launch(queue, "norm", is_narrow ? norm_kernel<1> : norm_kernel<WIDE_VECTORS>,
-                      dim3(args->n_rows), dim3(n_warps * MIL_WARP), 0, *args);
+                      dim3(args->n_rows), dim3(n_warps * MIL_WARP), 0, *args, 1.0f / (float)H);
 }

@@ -18,9 +18,9 @@
 /* ---- where a token's values come from and go ---- */
 
 typedef struct place {
-    bool is_real;    /* a token of the batch */
-    int32_t angle;   /* its row of the tables */
-    uint16_t *k, *v; /* its row in page and layer, of kv head 0; NULL: nowhere */
+    bool is_real;  /* a token of the batch */
+    bool has_page; /* false: a bad index; q alone is written */
+    int64_t row;   /* of kv head 0 in kv.k and kv.v, where there is a page */
 } place;
 
 /* The last sequence that begins at or before token t: the one that holds it. Chunks lie in
@@ -47,11 +47,9 @@ static __device__ __forceinline__ place find_place(const mil_rope_write_args &ar
 {
     place to = {};
     const mil_plan_header *counts = batch.counts;
-    int32_t angle = batch.positions[t];
     to.is_real = t < counts->n_tokens;
     if (!to.is_real)
         return to;
-    to.angle = max(angle, 0);
     int32_t s = sequence_of(batch, t, counts->n_decode, counts->n_seqs);
     int32_t slot = batch.seq_slot[s];
     int32_t position = batch.kv_lengths[s] - batch.query_indptr[s + 1] + t;
@@ -61,25 +59,25 @@ static __device__ __forceinline__ place find_place(const mil_rope_write_args &ar
     int32_t page = slots.page_table[(int64_t)slot * slots.max_pages + index];
     if ((uint32_t)page >= (uint32_t)kv.n_pages)
         return to;
-    int64_t row =
-        args.layer * kv.layer_elements +
-        ((int64_t)page * kv.n_kv_heads * kv.page_size + position % kv.page_size) * kv.head_dim;
-    to.k = kv.k + row;
-    to.v = kv.v + row;
+    to.has_page = true;
+    to.row = args.layer * kv.layer_elements +
+             ((int64_t)page * kv.n_kv_heads * kv.page_size + position % kv.page_size) * kv.head_dim;
     return to;
 }
 
-/* Where head `head` of q, k, v in a row goes; NULL: nowhere. */
-static __device__ __forceinline__ uint16_t *
-head_of(const mil_rope_write_args &args, const mil_kv &kv, const place &to, int32_t t, int32_t head)
+/* Where head `head` of q, k, v in a row goes; false: nowhere. */
+static __device__ __forceinline__ bool find_head(uint16_t **out, const mil_rope_write_args &args,
+                                                 const mil_kv &kv, const place &to, int32_t t,
+                                                 int32_t head)
 {
     int32_t N = args.n_heads, K = kv.n_kv_heads;
-    if (head < N)
-        return args.q + ((int64_t)t * N + head) * kv.head_dim;
     bool is_v = head >= N + K;
-    uint16_t *base = is_v ? to.v : to.k;
     int64_t kv_head = head - N - (is_v ? K : 0);
-    return base == nullptr ? nullptr : base + kv_head * kv.page_size * kv.head_dim;
+    if (head < N)
+        *out = args.q + ((int64_t)t * N + head) * kv.head_dim;
+    else
+        *out = (is_v ? kv.v : kv.k) + to.row + kv_head * kv.page_size * kv.head_dim;
+    return head < N || (head < N + 2 * K && to.has_page);
 }
 
 /* ---- 16 bytes at a time ---- */
@@ -122,59 +120,102 @@ static __device__ __forceinline__ columns pick(bool is_rotated, columns rotated,
     return at;
 }
 
-/* a and b [VECTOR] by the angles of columns d .. of the tables' row. */
-static __device__ __forceinline__ void turn_halves(float (&a)[VECTOR], float (&b)[VECTOR],
-                                                   const float *cosines, const float *sines)
+/* Cosines and sines of a thread's columns, the same for every head: four angles each. Of halves,
+ * the eight pairs of both vectors; of interleaved pairs, the four of vector a and the four of b. */
+typedef struct angles {
+    float4 cos_a, cos_b, sin_a, sin_b;
+} angles;
+
+static __device__ __forceinline__ bool is_turned_pair(int32_t column, int32_t rotary_dim)
 {
-#pragma unroll
-    for (int i = 0; i < VECTOR; i += 4) {
-        float4 c4 = __ldg((const float4 *)(cosines + i)), s4 = __ldg((const float4 *)(sines + i));
-        const float c[4] = {c4.x, c4.y, c4.z, c4.w}, s[4] = {s4.x, s4.y, s4.z, s4.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float x = a[i + j], y = b[i + j];
-            a[i + j] = fmaf(x, c[j], -(y * s[j]));
-            b[i + j] = fmaf(y, c[j], x * s[j]);
-        }
-    }
+    return column >= 0 && column < rotary_dim;
 }
 
-static __device__ __forceinline__ void turn_pairs(float (&x)[VECTOR], const float *cosines,
-                                                  const float *sines)
+/* Rows of the tables are a multiple of 4 floats, so these are aligned: rotary_dim % 16 == 0 for
+ * halves, % 8 for pairs. */
+template <bool is_interleaved>
+static __device__ __forceinline__ angles angles_of(const mil_rope_write_args &args, columns at,
+                                                   int32_t position)
 {
-    float4 c4 = __ldg((const float4 *)cosines), s4 = __ldg((const float4 *)sines);
-    const float c[4] = {c4.x, c4.y, c4.z, c4.w}, s[4] = {s4.x, s4.y, s4.z, s4.w};
+    angles of = {};
+    int64_t row = (int64_t)max(position, 0) * (args.rotary_dim / 2);
+    int32_t a = is_interleaved ? at.a / 2 : at.a, b = is_interleaved ? at.b / 2 : at.a + 4;
+    if (is_interleaved ? is_turned_pair(at.a, args.rotary_dim) : at.is_turned) {
+        of.cos_a = __ldg((const float4 *)(args.cos_table + row + a));
+        of.sin_a = __ldg((const float4 *)(args.sin_table + row + a));
+    }
+    if (is_interleaved ? is_turned_pair(at.b, args.rotary_dim) : at.is_turned) {
+        of.cos_b = __ldg((const float4 *)(args.cos_table + row + b));
+        of.sin_b = __ldg((const float4 *)(args.sin_table + row + b));
+    }
+    return of;
+}
+
+static __device__ __forceinline__ void turn(float &a, float &b, float cosine, float sine)
+{
+    float x = a, y = b;
+    a = fmaf(x, cosine, -(y * sine));
+    b = fmaf(y, cosine, x * sine);
+}
+
+static __device__ __forceinline__ void turn_halves(float (&a)[VECTOR], float (&b)[VECTOR],
+                                                   const angles &by)
+{
+    turn(a[0], b[0], by.cos_a.x, by.sin_a.x);
+    turn(a[1], b[1], by.cos_a.y, by.sin_a.y);
+    turn(a[2], b[2], by.cos_a.z, by.sin_a.z);
+    turn(a[3], b[3], by.cos_a.w, by.sin_a.w);
+    turn(a[4], b[4], by.cos_b.x, by.sin_b.x);
+    turn(a[5], b[5], by.cos_b.y, by.sin_b.y);
+    turn(a[6], b[6], by.cos_b.z, by.sin_b.z);
+    turn(a[7], b[7], by.cos_b.w, by.sin_b.w);
+}
+
+static __device__ __forceinline__ void turn_pairs(float (&x)[VECTOR], float4 cosines, float4 sines)
+{
+    turn(x[0], x[1], cosines.x, sines.x);
+    turn(x[2], x[3], cosines.y, sines.y);
+    turn(x[4], x[5], cosines.z, sines.z);
+    turn(x[6], x[7], cosines.w, sines.w);
+}
+
+static __device__ __forceinline__ void widen8(float (&out)[VECTOR], uint4 in)
+{
+    const uint32_t pairs[4] = {in.x, in.y, in.z, in.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        float even = x[2 * i], odd = x[2 * i + 1];
-        x[2 * i] = fmaf(even, c[i], -(odd * s[i]));
-        x[2 * i + 1] = fmaf(odd, c[i], even * s[i]);
+        out[2 * i] = mil_low(pairs[i]);
+        out[2 * i + 1] = mil_high(pairs[i]);
     }
 }
 
-/* Rows of the tables are a multiple of 4 floats, so their vectors are aligned: rotary_dim % 16 == 0
- * for halves, % 8 for pairs. */
-template <bool is_interleaved>
-static __device__ __forceinline__ void write_columns(uint16_t *to, columns at, const uint4 &in_a,
-                                                     const uint4 &in_b, const float *cosines,
-                                                     const float *sines, int32_t rotary_dim)
+static __device__ __forceinline__ uint4 round8(const float (&in)[VECTOR])
 {
-    float a[VECTOR], b[VECTOR];
-    mil_load8(a, &in_a);
-    mil_load8(b, &in_b);
-    if (!is_interleaved && at.is_turned)
-        turn_halves(a, b, cosines + at.a, sines + at.a);
-    if (is_interleaved && at.is_turned && at.a < rotary_dim)
-        turn_pairs(a, cosines + at.a / 2, sines + at.a / 2);
-    if (is_interleaved && at.is_turned && at.b >= 0 && at.b < rotary_dim)
-        turn_pairs(b, cosines + at.b / 2, sines + at.b / 2);
-    mil_store8(to + at.a, a);
-    if (at.b >= 0)
-        mil_store8(to + at.b, b);
+    return make_uint4(mil_pack2(in[0], in[1]), mil_pack2(in[2], in[3]), mil_pack2(in[4], in[5]),
+                      mil_pack2(in[6], in[7]));
 }
 
-/* Block (ceil(D / 16), heads at once), one token. qkv is asked for before the token's place is
- * known: the place is a chain of three loads. */
+template <bool is_interleaved>
+static __device__ __forceinline__ void write_columns(uint16_t *to, columns at, const uint4 &in_a,
+                                                     const uint4 &in_b, const angles &by,
+                                                     int32_t rotary_dim)
+{
+    float a[VECTOR], b[VECTOR];
+    widen8(a, in_a);
+    widen8(b, in_b);
+    if (!is_interleaved && at.is_turned)
+        turn_halves(a, b, by);
+    if (is_interleaved && at.is_turned && is_turned_pair(at.a, rotary_dim))
+        turn_pairs(a, by.cos_a, by.sin_a);
+    if (is_interleaved && at.is_turned && is_turned_pair(at.b, rotary_dim))
+        turn_pairs(b, by.cos_b, by.sin_b);
+    *(uint4 *)(to + at.a) = round8(a);
+    if (at.b >= 0)
+        *(uint4 *)(to + at.b) = round8(b);
+}
+
+/* Block (ceil(D / 16), heads at once), one token. qkv and the angles are asked for before the
+ * token's place is known: the place is a chain of three loads. */
 template <bool is_interleaved>
 static __global__ void __launch_bounds__(THREADS)
     rope_kernel(const __grid_constant__ mil_rope_write_args args,
@@ -183,36 +224,37 @@ static __global__ void __launch_bounds__(THREADS)
 {
     mil_let_next_start();
     mil_wait_for_previous();
-    int32_t t = (int32_t)blockIdx.x;
+    int32_t t = (int32_t)blockIdx.x, position = batch.positions[t];
     int32_t D = kv.head_dim, n_rotated = args.n_heads + kv.n_kv_heads;
     int32_t n_heads = n_rotated + kv.n_kv_heads, n_rows = (int32_t)blockDim.y;
     const uint16_t *row = (const uint16_t *)args.qkv + (int64_t)t * n_heads * D;
-    const columns turned = columns_of<is_interleaved>(threadIdx.x, D, args.rotary_dim, false);
-    const columns plain = columns_of<is_interleaved>(threadIdx.x, D, args.rotary_dim, true);
+    columns rotated = columns_of<is_interleaved>(threadIdx.x, D, args.rotary_dim, false);
+    columns plain = columns_of<is_interleaved>(threadIdx.x, D, args.rotary_dim, true);
+    angles by = {};
     place to = {};
     for (int32_t first = (int32_t)threadIdx.y; first < n_heads; first += AT_ONCE * n_rows) {
         uint4 a[AT_ONCE], b[AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             int32_t head = min(first + i * n_rows, n_heads - 1);
-            const columns at = pick(head < n_rotated, turned, plain);
+            columns at = pick(head < n_rotated, rotated, plain);
             const uint16_t *from = row + (int64_t)head * D;
             a[i] = __ldcg((const uint4 *)(from + at.a));
             b[i] = __ldcg((const uint4 *)(from + max(at.b, 0)));
         }
-        if (first == (int32_t)threadIdx.y)
+        if (first == (int32_t)threadIdx.y) {
+            by = angles_of<is_interleaved>(args, rotated, position);
             to = find_place(args, batch, slots, kv, t);
-        if (!to.is_real)
-            return;
-        const float *cosines = args.cos_table + (int64_t)to.angle * (args.rotary_dim / 2);
-        const float *sines = args.sin_table + (int64_t)to.angle * (args.rotary_dim / 2);
+            if (!to.is_real)
+                return;
+        }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             int32_t head = first + i * n_rows;
-            uint16_t *out = head < n_heads ? head_of(args, kv, to, t, head) : nullptr;
-            if (out != nullptr)
-                write_columns<is_interleaved>(out, pick(head < n_rotated, turned, plain), a[i],
-                                              b[i], cosines, sines, args.rotary_dim);
+            uint16_t *out;
+            if (find_head(&out, args, kv, to, t, head))
+                write_columns<is_interleaved>(out, pick(head < n_rotated, rotated, plain), a[i],
+                                              b[i], by, args.rotary_dim);
         }
     }
 }
@@ -249,13 +291,13 @@ static __global__ void __launch_bounds__(THREADS)
     place to = find_place(args, batch, slots, kv, t);
     if (!to.is_real)
         return;
-    const float *cosines = args.cos_table + (int64_t)to.angle * (args.rotary_dim / 2);
-    const float *sines = args.sin_table + (int64_t)to.angle * (args.rotary_dim / 2);
+    int64_t angle = (int64_t)max(batch.positions[t], 0) * (args.rotary_dim / 2);
+    const float *cosines = args.cos_table + angle, *sines = args.sin_table + angle;
     for (int32_t i = (int32_t)threadIdx.x; i < n_heads * D; i += (int32_t)blockDim.x) {
         int32_t head = i / D, d = i % D;
-        uint16_t *out = head_of(args, kv, to, t, head);
+        uint16_t *out;
         int32_t rotary_dim = head < n_rotated ? args.rotary_dim : 0;
-        if (out != nullptr)
+        if (find_head(&out, args, kv, to, t, head))
             out[d] = mil_round(turned_column(row + (int64_t)head * D, d, cosines, sines, rotary_dim,
                                              args.is_interleaved));
     }

@@ -204,14 +204,18 @@ typedef struct mil_engine mil_engine;
 typedef struct mil_engine_options {
     /* Prompt and answer. 0: the model's, cut to what the KV holds; else at most both. */
     int32_t max_model_len;
-    /* 0: 64, cut to max_num_batched_tokens where that is given. */
+    /* 0: 64 on the CPU and 256 on a device, cut to max_num_batched_tokens where that is given. */
     int32_t max_num_seqs;
-    /* Tokens of one step, all requests; at least max_num_seqs. 0: 512, or max_num_seqs if more. */
+    /* Tokens of one step, all requests; at least max_num_seqs. 0: 512 on the CPU and 8192 on a
+     * device, or max_num_seqs if more. */
     int32_t max_num_batched_tokens;
-    int32_t page_size; /* 0: 16; else 16, 32, 64, 128, 256 */
-    /* Over all ranks. 0: half of the memory that this process may still use (cgroup limits counted)
-     * once weights and workspace are in, and no more than max_num_seqs full contexts need. */
+    int32_t page_size; /* 0: 16 on the CPU, 64 on a device; else 16, 32, 64, 128, 256 */
+    /* Over all ranks. 0: on the CPU half of the memory that this process may still use (cgroup
+     * limits counted) once weights and workspace are in, on a device all that
+     * gpu_memory_utilization leaves; no more than max_num_seqs full contexts need. */
     uint64_t kv_cache_bytes;
+    /* Share of a device's memory that may be in use once the engine is up, in (0, 1]; 0: 0.9. */
+    double gpu_memory_utilization;
     bool enforce_eager; /* run decode op by op where graphs would serve it (tests, less memory) */
     bool poison;        /* fill freed pages with NaN (tests) */
 } mil_engine_options;

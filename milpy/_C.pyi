@@ -103,6 +103,8 @@ class Engine:
         max_num_batched_tokens: int = 0,
         page_size: int = 0,
         kv_cache_bytes: int = 0,
+        gpu_memory_utilization: float = 0.0,
+        enforce_eager: bool = False,
         poison: bool = False,
     ) -> Engine: ...
     def run(self) -> None: ...

@@ -100,6 +100,8 @@ class Core:
                 max_num_batched_tokens=options.max_num_batched_tokens or 0,
                 page_size=options.page_size or 0,
                 kv_cache_bytes=options.kv_cache_bytes or 0,
+                gpu_memory_utilization=options.gpu_memory_utilization or 0.0,
+                enforce_eager=options.enforce_eager,
                 poison=os.environ.get("MILPY_POISON") == "1",
             )
             for name, path in (options.adapters or {}).items():

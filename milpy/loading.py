@@ -42,6 +42,8 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
     page_size: int | None = None
+    gpu_memory_utilization: float | None = None
+    enforce_eager: bool = False
     n_threads: int | None = None
     load_format: str = "auto"
     seed: int = 0
@@ -71,6 +73,9 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None:
                 check_integer(name, value, 1, high)
+        share = self.gpu_memory_utilization
+        if share is not None and not 0.0 < share <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization is {share}, expected above 0 and up to 1")
         if self.page_size is not None:
             expected = ", ".join(map(str, PAGE_SIZES))
             if type(self.page_size) is not int or self.page_size not in PAGE_SIZES:

@@ -80,17 +80,31 @@ static mil_scheduler_options scheduler_options(mil_engine *engine, int32_t n_pag
     };
 }
 
+/* What KV pages and workspace may take. The host's free memory is shared with the page cache,
+ * Python and a second engine; a device's is ours up to its utilization. */
+static void share_memory(const mil_engine_options *options, const mil_model_memory *memory,
+                         mil_kv_facts *facts)
+{
+    uint64_t spare = (uint64_t)((double)memory->n_total * (1.0 - options->gpu_memory_utilization));
+    facts->kv_divisor = memory->is_device ? 1 : 2;
+    facts->free_bytes = memory->n_free;
+    if (memory->is_device)
+        facts->free_bytes = memory->n_free > spare ? memory->n_free - spare : 0;
+}
+
 static mil_status settle_options(mil_engine *engine, int32_t *n_pages)
 {
     mil_engine_options *options = &engine->options;
+    mil_model_memory memory;
+    MIL_TRY(mil_model_memory_get(engine->model, &memory));
     if (options->page_size == 0)
         options->page_size = mil_model_default_page_size(engine->model);
-    MIL_TRY(mil_options_complete(options));
+    MIL_TRY(mil_options_complete(options, memory.is_device));
     mil_kv_facts facts = {
         .max_position = mil_model_config(engine->model)->max_position,
         .page_bytes = mil_runner_page_bytes(engine->model, options->page_size),
     };
-    MIL_TRY(mil_model_free_bytes(engine->model, &facts.free_bytes));
+    share_memory(options, &memory, &facts);
     /* Workspace for the longest context that could come out, so that fitting cannot make it grow.
      */
     mil_scheduler_options longest = scheduler_options(engine, 0);

@@ -2,13 +2,13 @@
 
 #define DEFAULT_SEQS 64
 #define DEFAULT_BATCHED_TOKENS 512
+/* A device is busy only with many rows. */
+#define DEFAULT_DEVICE_SEQS 256
+#define DEFAULT_DEVICE_BATCHED_TOKENS 8192
+#define DEFAULT_UTILIZATION 0.9
 #define DEFAULT_PAGE_SIZE 16
 #define MOST_SEQS 65536
 #define MOST_BATCHED_TOKENS (1 << 20)
-/* Of the memory that is free after weights and workspace, one part in this many goes to KV pages:
- * the rest is for the page cache, Python and a second engine. */
-#define KV_SHARE 2
-
 /* ---- engine ---- */
 
 static mil_status check_knob(const char *name, int32_t value, int32_t most)
@@ -19,8 +19,16 @@ static mil_status check_knob(const char *name, int32_t value, int32_t most)
     return MIL_OK;
 }
 
-mil_status mil_options_complete(mil_engine_options *options)
+mil_status mil_options_complete(mil_engine_options *options, bool is_device)
 {
+    int32_t default_seqs = is_device ? DEFAULT_DEVICE_SEQS : DEFAULT_SEQS;
+    int32_t default_tokens = is_device ? DEFAULT_DEVICE_BATCHED_TOKENS : DEFAULT_BATCHED_TOKENS;
+    if (options->gpu_memory_utilization == 0.0)
+        options->gpu_memory_utilization = DEFAULT_UTILIZATION;
+    if (!(options->gpu_memory_utilization > 0.0 && options->gpu_memory_utilization <= 1.0))
+        return mil_fail(MIL_ERR_ARGUMENT,
+                        "engine: gpu_memory_utilization is %g, expected above 0 and up to 1",
+                        options->gpu_memory_utilization);
     MIL_TRY(check_knob("max_model_len", options->max_model_len, INT32_MAX - 1));
     MIL_TRY(check_knob("max_num_seqs", options->max_num_seqs, MOST_SEQS));
     MIL_TRY(
@@ -28,9 +36,9 @@ mil_status mil_options_complete(mil_engine_options *options)
     int32_t *n_seqs = &options->max_num_seqs;
     int32_t *n_tokens = &options->max_num_batched_tokens;
     if (*n_seqs == 0)
-        *n_seqs = *n_tokens > 0 && *n_tokens < DEFAULT_SEQS ? *n_tokens : DEFAULT_SEQS;
+        *n_seqs = *n_tokens > 0 && *n_tokens < default_seqs ? *n_tokens : default_seqs;
     if (*n_tokens == 0)
-        *n_tokens = *n_seqs > DEFAULT_BATCHED_TOKENS ? *n_seqs : DEFAULT_BATCHED_TOKENS;
+        *n_tokens = *n_seqs > default_tokens ? *n_seqs : default_tokens;
     if (*n_tokens < *n_seqs)
         return mil_fail(MIL_ERR_ARGUMENT,
                         "engine: max_num_batched_tokens is %d, expected at least max_num_seqs, "
@@ -53,7 +61,7 @@ static uint64_t default_pages(const mil_engine_options *options, const mil_kv_fa
     uint64_t needed = (uint64_t)options->max_num_seqs * (((uint64_t)longest - 1) / page + 1) + 1;
     uint64_t left =
         facts->free_bytes > facts->workspace_bytes ? facts->free_bytes - facts->workspace_bytes : 0;
-    uint64_t affordable = left / KV_SHARE / facts->page_bytes;
+    uint64_t affordable = left / facts->kv_divisor / facts->page_bytes;
     return affordable < needed ? affordable : needed;
 }
 
@@ -77,7 +85,7 @@ mil_status mil_options_fit_kv(mil_engine_options *options, int32_t *n_pages,
             "engine: %llu bytes are free beside %zu of workspace, expected at least %zu "
             "for KV pages",
             (unsigned long long)facts->free_bytes, facts->workspace_bytes,
-            2 * KV_SHARE * facts->page_bytes);
+            2 * (size_t)facts->kv_divisor * facts->page_bytes);
     if (n < 2)
         return mil_fail(MIL_ERR_ARGUMENT,
                         "engine: kv_cache_bytes is %llu, expected at least %zu: two pages of %d "

@@ -10,13 +10,14 @@ extern "C" {
 
 /* Fill in the knobs that need no model (all but max_model_len and kv_cache_bytes), and check them.
  * A default yields to a knob that was given. */
-mil_status mil_options_complete(mil_engine_options *options) MIL_WARN_UNUSED;
+mil_status mil_options_complete(mil_engine_options *options, bool is_device) MIL_WARN_UNUSED;
 
 typedef struct mil_kv_facts {
     int32_t max_position;
     size_t page_bytes; /* of one page, over all ranks */
     size_t workspace_bytes;
     uint64_t free_bytes; /* that this process may still use */
+    uint64_t kv_divisor; /* one part in this many of what is free may go to pages by default */
 } mil_kv_facts;
 
 /* Settle max_model_len and kv_cache_bytes of completed options; *n_pages, page 0 included, holds at

@@ -62,11 +62,11 @@ static mil_status take_weights(mil_model *model, const size_t *n_bytes)
     for (int32_t rank = 0; rank < model->world; rank++)
         if (!mil_add(total, n_bytes[rank], &total))
             total = SIZE_MAX;
-    uint64_t n_free;
-    MIL_TRY(mil_model_free_bytes(model, &n_free));
-    if (total > n_free)
+    mil_model_memory memory;
+    MIL_TRY(mil_model_memory_get(model, &memory));
+    if (total > memory.n_free)
         return mil_fail(MIL_ERR_MEMORY, "model: weights need %zu bytes, %llu are free", total,
-                        (unsigned long long)n_free);
+                        (unsigned long long)memory.n_free);
     for (int32_t rank = 0; rank < model->world; rank++) {
         mil_slab *slab = &model->ranks[rank].slab;
         MIL_TRY(model->backend->device->alloc(model->ranks[rank].queue, slab, n_bytes[rank],
@@ -255,19 +255,16 @@ const mil_config *mil_model_config(const mil_model *model)
     return &model->config;
 }
 
-mil_status mil_model_free_bytes(mil_model *model, uint64_t *n_free)
+mil_status mil_model_memory_get(const mil_model *model, mil_model_memory *memory)
 {
     const mil_device *device = model->backend->device;
-    uint64_t n_total;
-    *n_free = 0;
-    for (int32_t rank = 0; rank < model->world; rank++) {
-        uint64_t free_here;
-        MIL_TRY(device->free_bytes(model->ranks[rank].queue, &free_here, &n_total));
-        if (device->is_host) {
-            *n_free = free_here;
-            return MIL_OK;
-        }
-        *n_free += free_here;
+    int32_t n_memories = device->is_host ? 1 : model->world;
+    *memory = (mil_model_memory){.is_device = !device->is_host};
+    for (int32_t rank = 0; rank < n_memories; rank++) {
+        uint64_t n_free, n_total;
+        MIL_TRY(device->free_bytes(model->ranks[rank].queue, &n_free, &n_total));
+        memory->n_free += n_free;
+        memory->n_total += n_total;
     }
     return MIL_OK;
 }

@@ -100,16 +100,16 @@ static mil_status check_options(const mil_runner_options *options)
 static mil_status check_memory(mil_model *model, const mil_runner_options *options)
 {
     size_t workspace = mil_runner_workspace_bytes(model, &options->limits, options->page_size);
-    uint64_t n_free;
+    mil_model_memory memory;
     size_t kv;
     if (!mil_mul((size_t)options->n_pages, mil_runner_page_bytes(model, options->page_size), &kv))
         kv = SIZE_MAX;
-    MIL_TRY(mil_model_free_bytes(model, &n_free));
-    if (sum_of(workspace, kv) > n_free)
+    MIL_TRY(mil_model_memory_get(model, &memory));
+    if (sum_of(workspace, kv) > memory.n_free)
         return mil_fail(
             MIL_ERR_MEMORY,
             "runner: %zu bytes of KV pages and %zu of workspace are wanted, %llu are free", kv,
-            workspace, (unsigned long long)n_free);
+            workspace, (unsigned long long)memory.n_free);
     return MIL_OK;
 }
 

@@ -59,8 +59,14 @@ void mil_runner_poison_page(mil_runner *runner, int32_t page);
 /* ---- what drivers need of a model ---- */
 
 const mil_config *mil_model_config(const mil_model *model);
-/* Memory that is free where the model's KV pages will lie, over all ranks. */
-mil_status mil_model_free_bytes(mil_model *model, uint64_t *n_free) MIL_WARN_UNUSED;
+/* Memory where the model's KV pages will lie, over all ranks. */
+typedef struct mil_model_memory {
+    uint64_t n_free;
+    uint64_t n_total;
+    bool is_device; /* not the host's */
+} mil_model_memory;
+
+mil_status mil_model_memory_get(const mil_model *model, mil_model_memory *memory) MIL_WARN_UNUSED;
 int32_t mil_model_default_page_size(const mil_model *model);
 /* A content's reference for a request: MIL_ERR_NOT_FOUND when no such content is held. */
 mil_status mil_model_hold_adapter(mil_model *model, int32_t content) MIL_WARN_UNUSED;

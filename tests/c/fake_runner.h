@@ -135,10 +135,11 @@ mil_plan *mil_runner_plan(mil_runner *runner)
     return plan;
 }
 
-mil_status mil_model_free_bytes(mil_model *model, uint64_t *n_free)
+mil_status mil_model_memory_get(const mil_model *model, mil_model_memory *memory)
 {
     (void)model;
-    *n_free = mil_memory_free_bytes();
+    *memory =
+        (mil_model_memory){.n_free = mil_memory_free_bytes(), .n_total = mil_memory_limit_bytes()};
     return MIL_OK;
 }
 

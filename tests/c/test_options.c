@@ -19,7 +19,7 @@ static bool says(const char *text)
 TEST(defaults_are_filled_in)
 {
     mil_engine_options options = {0};
-    CHECK_INT(mil_options_complete(&options), MIL_OK);
+    CHECK_INT(mil_options_complete(&options, false), MIL_OK);
     CHECK_INT(options.max_num_seqs, 64);
     CHECK_INT(options.max_num_batched_tokens, 512);
     CHECK_INT(options.page_size, 16);
@@ -28,27 +28,39 @@ TEST(defaults_are_filled_in)
 TEST(a_default_yields_to_a_knob_that_was_given)
 {
     mil_engine_options many = {.max_num_seqs = 1000};
-    CHECK_INT(mil_options_complete(&many), MIL_OK);
+    CHECK_INT(mil_options_complete(&many, false), MIL_OK);
     CHECK_INT(many.max_num_batched_tokens, 1000);
     mil_engine_options few = {.max_num_batched_tokens = 20};
-    CHECK_INT(mil_options_complete(&few), MIL_OK);
+    CHECK_INT(mil_options_complete(&few, false), MIL_OK);
     CHECK_INT(few.max_num_seqs, 20);
+}
+
+TEST(a_device_takes_more_rows_by_default)
+{
+    mil_engine_options options = {0};
+    CHECK_INT(mil_options_complete(&options, true), MIL_OK);
+    CHECK_INT(options.max_num_seqs, 256);
+    CHECK_INT(options.max_num_batched_tokens, 8192);
+    CHECK(options.gpu_memory_utilization == 0.9);
 }
 
 TEST(knobs_out_of_range_are_errors_that_name_both_sides)
 {
     mil_engine_options clash = {.max_num_seqs = 100, .max_num_batched_tokens = 99};
-    CHECK_INT(mil_options_complete(&clash), MIL_ERR_ARGUMENT);
+    CHECK_INT(mil_options_complete(&clash, false), MIL_ERR_ARGUMENT);
     CHECK(says("max_num_batched_tokens is 99") && says("max_num_seqs, which is 100"));
     mil_engine_options page = {.page_size = 24};
-    CHECK_INT(mil_options_complete(&page), MIL_ERR_ARGUMENT);
+    CHECK_INT(mil_options_complete(&page, false), MIL_ERR_ARGUMENT);
     CHECK(says("page_size is 24, expected 16, 32"));
     mil_engine_options negative = {.max_num_seqs = -1};
-    CHECK_INT(mil_options_complete(&negative), MIL_ERR_ARGUMENT);
+    CHECK_INT(mil_options_complete(&negative, false), MIL_ERR_ARGUMENT);
     CHECK(says("max_num_seqs is -1, expected 1..65536"));
     mil_engine_options length = {.max_model_len = -5};
-    CHECK_INT(mil_options_complete(&length), MIL_ERR_ARGUMENT);
+    CHECK_INT(mil_options_complete(&length, false), MIL_ERR_ARGUMENT);
     CHECK(says("max_model_len is -5"));
+    mil_engine_options share = {.gpu_memory_utilization = 1.5};
+    CHECK_INT(mil_options_complete(&share, true), MIL_ERR_ARGUMENT);
+    CHECK(says("gpu_memory_utilization is 1.5, expected above 0 and up to 1"));
 }
 
 static mil_status fit(mil_engine_options *options, int32_t *n_pages, int32_t max_position,
@@ -57,8 +69,9 @@ static mil_status fit(mil_engine_options *options, int32_t *n_pages, int32_t max
     mil_kv_facts facts = {.max_position = max_position,
                           .page_bytes = 1000,
                           .workspace_bytes = 1 * MIB,
-                          .free_bytes = free_bytes};
-    CHECK_INT(mil_options_complete(options), MIL_OK);
+                          .free_bytes = free_bytes,
+                          .kv_divisor = 2};
+    CHECK_INT(mil_options_complete(options, false), MIL_OK);
     return mil_options_fit_kv(options, n_pages, &facts);
 }
 

@@ -9,6 +9,7 @@
 SHIM const char *shim_message(void);
 SHIM const char *shim_isas(void);
 SHIM const char *shim_cuda_paths(void);
+SHIM void shim_add_library_dir(const char *dir);
 SHIM void shim_free(shim *s);
 SHIM mil_status shim_create(shim **out, const char *isa, int32_t n_threads,
                             const mil_maxima *maxima);
@@ -68,6 +69,15 @@ static mil_status find(shim *s, const char *isa)
         status = context->backend->device->open(&context->queue, 0);
     restore_env(variable, was);
     return status;
+}
+
+/* csrc/kernels/library.c's, where CUDA is linked in. */
+void mil_cuda_add_library_dir(const char *dir) __attribute__((weak));
+
+void shim_add_library_dir(const char *dir)
+{
+    if (mil_cuda_add_library_dir != NULL)
+        mil_cuda_add_library_dir(dir);
 }
 
 /* Paths of the GPU that is there, space-separated; "" and a message where there is none. */

@@ -69,7 +69,6 @@ typedef struct begin_job {
     int32_t n_tiles;
     int32_t n_adapter_sets, n_slot_sets, n_page_sets;
     int32_t n_decode, n_tokens, bucket_tokens;
-    int32_t n_pages;
     const mil_adapter_set *adapter_sets;    /* [n_adapter_sets], host */
     const mil_lora_module *const *adapters; /* [n_adapter_sets], host */
     mil_lora_module *modules;               /* [n_adapter_slots][n_modules] */
@@ -96,11 +95,12 @@ static __device__ __forceinline__ bool is_in(int32_t value, int32_t n)
     return (uint32_t)value < (uint32_t)n;
 }
 
+/* Whoever reads an entry clamps it to the pages there are; here it must only not pass for a claim.
+ */
 static __device__ __forceinline__ bool is_page_set(const begin_job &job, int32_t slot,
                                                    int32_t index, int32_t page)
 {
-    return is_in(slot, job.slots.n_slots) && is_in(index, job.slots.max_pages) &&
-           is_in(page, job.n_pages);
+    return is_in(slot, job.slots.n_slots) && is_in(index, job.slots.max_pages) && page >= 0;
 }
 
 static __device__ __forceinline__ int32_t *page_entry(const begin_job &job, int32_t slot,
@@ -294,7 +294,6 @@ static begin_job job_of(const mil_begin_args *args)
     job.n_decode = n->n_decode;
     job.n_tokens = n->n_tokens;
     job.bucket_tokens = n->bucket_tokens;
-    job.n_pages = args->kv->n_pages;
     job.adapter_sets = from.adapter_sets;
     job.adapters = args->adapters;
     job.modules = args->lora->modules;

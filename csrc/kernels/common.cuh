@@ -86,6 +86,17 @@ static __device__ __forceinline__ void mil_store8(void *to, const float (&in)[8]
     *(mil_bf16x8 *)to = v;
 }
 
+/* The two bfloat16 of one register, widened. */
+static __device__ __forceinline__ float mil_low(uint32_t pair)
+{
+    return __uint_as_float(pair << 16);
+}
+
+static __device__ __forceinline__ float mil_high(uint32_t pair)
+{
+    return __uint_as_float(pair & 0xffff0000u);
+}
+
 /* Two float32 rounded into one register, low half first. */
 static __device__ __forceinline__ uint32_t mil_pack2(float low, float high)
 {

@@ -381,16 +381,19 @@ static mil_status serve(struct mil_cublas *cublas, lt_entry **out, const mil_cub
     return MIL_OK;
 }
 
+/* A refusal queues nothing, and the entry serves no longer: our own product does. */
 static mil_status queue_product(mil_queue *queue, lt_entry *entry, const mil_cublas_product *p)
 {
     static const float one = 1, zero = 0;
     struct mil_cublas *cublas = queue->cublas;
     if (p->bias != NULL)
         MIL_TRY(set_bias(cublas, entry, p->bias));
-    LT_TRY(cublas, Matmul, cublas->handle, entry->desc, &one, p->w, entry->w, p->x, entry->x, &zero,
-           p->y, entry->y, p->y, entry->y, &entry->algo, cublas->workspace[p->is_side],
-           WORKSPACE_BYTES, p->is_side ? queue->side : queue->stream);
-    return MIL_OK;
+    cublasStatus_t found = cublas->lib.Matmul(
+        cublas->handle, entry->desc, &one, p->w, entry->w, p->x, entry->x, &zero, p->y, entry->y,
+        p->y, entry->y, &entry->algo, cublas->workspace[p->is_side], WORKSPACE_BYTES,
+        p->is_side ? queue->side : queue->stream);
+    entry->is_served = found != CUBLAS_STATUS_NOT_SUPPORTED;
+    return entry->is_served ? answer(cublas, found, "Matmul") : MIL_OK;
 }
 
 /* The first time the library loads a kernel, which a capture on this thread would forbid. */
@@ -414,7 +417,7 @@ mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *p, bool *i
     if (entry == NULL)
         return MIL_OK;
     MIL_TRY(entry->is_warm ? queue_product(queue, entry, p) : queue_first(queue, entry, p));
-    *is_served = true;
+    *is_served = entry->is_served;
     return MIL_OK;
 }
 

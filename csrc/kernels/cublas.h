@@ -44,8 +44,9 @@ int32_t mil_cublas_bucket(int32_t M);
 mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *product, bool *is_served)
     MIL_WARN_UNUSED;
 
-/* As mil_cublas_run, for what will be captured: the algorithm is chosen and its kernel loaded,
- * which a capture should not see. Outside a capture; y is overwritten. */
+/* As mil_cublas_run, outside a capture, for what will be captured: the algorithm is chosen and its
+ * kernel loaded before. y is overwritten. (Without it the first run does both, in a capture too.)
+ */
 mil_status mil_cublas_warm(mil_queue *queue, const mil_cublas_product *product) MIL_WARN_UNUSED;
 
 #ifdef __cplusplus

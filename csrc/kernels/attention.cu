@@ -1,0 +1,797 @@
+/* Flash attention over paged KV, portable path: prefill chunks and split decode rows in one kernel.
+ *
+ * out[t, n] = sum_j softmax_j(scale * q[t, n] . k[j]) v[j] over the keys that query t sees; softcap
+ * and window as backend.h says. out, q: [T, N, D] bf16; pages [page][kv head][row][D] bf16. Scores,
+ * running maximum, sum and O are fp32; P is rounded to bf16, and the sum is the tensor cores' sum of
+ * those rounded P (a column of ones beside V), so that both halves of the quotient round alike.
+ *
+ * A persistent grid walks attention.cuh's list, there and back like a ploughing ox: block b takes
+ * items b, 2 G - 1 - b, 2 G + b, ... of G blocks, so that all get equal shares of a list sorted by
+ * work. Each block sees one endless stream of tiles of 64 keys, K then V, through a ring in shared
+ * memory that is filled RING - 1 tiles ahead, over the ends of items; page ids arrive in it earlier
+ * still. Tiles of more than 16 rows: a warp has 16 rows and all keys. Tiles of at most 16 rows (decode
+ * rows, tails): warps share the keys of a block for S and the columns of O for P V. Either way an
+ * element of S, P or O is the same chain of the same operations, keys ascending: a row's bits depend
+ * on its length and on whether its sequence has one query (then its keys may be split), nothing else.
+ *
+ * FlashAttention-2: Dao 2023. Bound by tensor cores (prefill) or by bytes of KV (decode). */
+#include "ops/backend.h"
+
+#include "kernels/attention.cuh"
+
+#define N_AHEAD 8           /* blocks and items whose description is kept; a power of two > RING + 1 */
+#define P_STRIDE (64 + 8)   /* an odd number of 16-byte chunks: ldmatrix without bank conflicts */
+#define S_WARPS 4           /* of a small tile: 16 keys each */
+#define ONES 0x3f803f80u    /* two bf16 */
+
+typedef struct attention_params {
+    uint16_t *out;
+    const uint16_t *q, *k, *v; /* k, v: of this layer */
+    const int32_t *page_table;
+    const mil_attention_list *list;
+    const mil_attention_item *items;
+    int32_t *counters;
+    mil_attention_partials partials;
+    int32_t n_heads, n_kv_heads, group, head_dim;
+    int32_t page_shift, max_pages;
+    /* Of one layer's K or V; a page of all heads is at most a few MiB. Ids past last_page are
+     * clamped: nothing of theirs is used. */
+    uint32_t page_mask, last_page, row_bytes, head_bytes, page_bytes;
+    int32_t window;
+    /* With softcap, a score is cap_out * tanh of it, and the tanh wants exp2 of cap_in * score. Then
+     * p = exp2(factor * score - maximum). */
+    float cap_in, cap_out, factor;
+} attention_params;
+
+/* A block of keys on its way. */
+typedef struct kv_block {
+    int32_t page[4];    /* of each 16 keys */
+    int32_t key;        /* the first, a multiple of 64; -1: the stream has ended */
+    int32_t first, end; /* keys outside are not read and count as zeros */
+    int32_t kv_head;
+} kv_block;
+
+typedef struct queued_item {
+    mil_attention_item item; /* n_rows 0: the list has ended */
+    int32_t kv_head;
+    int32_t key; /* where its first block begins */
+    int32_t unused[2];
+} queued_item;
+
+typedef struct kv_cursor {
+    int32_t key, end; /* the next block to describe; key >= end: the next item's first */
+    int32_t first, kv_head;
+    int32_t slot;
+    int32_t n_items; /* taken so far */
+    int32_t unused[2];
+} kv_cursor;
+
+typedef struct attention_shared {
+    kv_block blocks[N_AHEAD];
+    queued_item items[N_AHEAD];
+    kv_cursor cursor;
+    int32_t is_last;
+    int32_t unused[3];
+} attention_shared;
+
+/* What the warps of a small tile hand to each other. */
+typedef struct attention_shares {
+    float maximum[S_WARPS][MIL_ATTENTION_ROWS];
+    uint16_t p[MIL_ATTENTION_ROWS * P_STRIDE];
+} attention_shares;
+
+/* One instance: shared memory is [attention_shared][shares, unless they lie in q][q][ring]. Rows of the
+ * ring are padded by 16 bytes (an odd number of chunks); rows of q are not, their chunks are
+ * swizzled: D 256 must fit the 99 KiB of small chips. */
+template <int D_, int WARPS_, int BLOCKS_, int RING_, bool HAS_Q_>
+struct attention_shape {
+    static constexpr int D = D_;
+    static constexpr int WARPS = WARPS_;
+    static constexpr int BLOCKS = BLOCKS_; /* of an SM */
+    static constexpr int RING = RING_;     /* tiles; a power of two */
+    static constexpr bool HAS_Q = HAS_Q_;  /* q in shared memory: registers are full of O */
+    static constexpr int THREADS = WARPS * MIL_WARP;
+    static constexpr int ROWS = WARPS * 16;
+    static constexpr int CHUNKS = D / 8; /* of 16 bytes, in a row */
+    static constexpr int STRIDE = 2 * D + 16;
+    static constexpr int TILE_BYTES = MIL_ATTENTION_BLOCK * STRIDE;
+    static constexpr int SHARES = sizeof(attention_shared);
+    static constexpr int Q = SHARES + (HAS_Q ? 0 : (int)sizeof(attention_shares));
+    static constexpr int TILES = Q + (HAS_Q ? ROWS * D * 2 : 0);
+    static constexpr int BYTES = TILES + RING * TILE_BYTES;
+    static constexpr int Q_SHARES = Q + 16 * D * 2; /* behind the 16 rows of a small tile */
+    static constexpr int KEY_STEPS = MIL_ATTENTION_BLOCK / 16;
+    static constexpr int D_STEPS = D / 16;
+    static constexpr int OWN_STEPS = (D_STEPS + WARPS - 1) / WARPS; /* of O's columns, small tiles */
+};
+
+static __device__ __forceinline__ void copy4(void *shared, const void *global)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(mil_shared_address(shared)),
+                 "l"(global)
+                 : "memory");
+}
+
+/* What is derived from it is computed where it is needed and holds no register over the loop. */
+static __device__ __forceinline__ uint32_t thread_index()
+{
+    uint32_t index = threadIdx.x;
+    asm volatile("" : "+r"(index));
+    return index;
+}
+
+/* ---- the stream of key blocks ---- */
+
+/* The next item of this block goes to the queue and the cursor to its first key block. Items whose keys
+ * all lie before the window keep one block, of zeros. */
+static __device__ __forceinline__ void take_item(const attention_params &p, attention_shared *shared,
+                                                 kv_cursor *at)
+{
+    queued_item *queued = &shared->items[at->n_items % N_AHEAD];
+    const int64_t turn = at->n_items++, n_blocks = gridDim.x;
+    const int64_t place = (turn & 1) != 0 ? n_blocks - 1 - blockIdx.x : blockIdx.x;
+    const int64_t index = turn * n_blocks + place;
+    at->key = at->end = 0;
+    if (index >= (int64_t)p.list->n_items * p.n_kv_heads) {
+        if (threadIdx.x == 0)
+            queued->item.n_rows = 0;
+        at->n_items--;
+        return;
+    }
+    const mil_attention_item item = p.items[(uint32_t)index / (uint32_t)p.n_kv_heads];
+    at->kv_head = (int32_t)((uint32_t)index % (uint32_t)p.n_kv_heads);
+    at->slot = item.slot;
+    at->end = item.key_end;
+    at->first = p.window > 0 ? max(item.first_limit - p.window, 0) : 0;
+    at->key = max(item.key_begin, at->first & -MIL_ATTENTION_BLOCK);
+    at->key = min(at->key, (at->end - 1) & -MIL_ATTENTION_BLOCK);
+    if (threadIdx.x == 0) {
+        queued->item = item;
+        queued->kv_head = at->kv_head;
+        queued->key = at->key;
+    }
+}
+
+/* Describe block `index` of the stream and fetch its page ids; by threads 0 to 3, 16 keys each. */
+static __device__ __forceinline__ void look_ahead(const attention_params &p, attention_shared *shared,
+                                                  int32_t index)
+{
+    const int32_t i = threadIdx.x;
+    kv_block *block = &shared->blocks[index % N_AHEAD];
+    kv_cursor at = shared->cursor;
+    __syncwarp(0xf);
+    if (at.key >= at.end)
+        take_item(p, shared, &at);
+    const bool is_end = at.key >= at.end;
+    if (!is_end) {
+        const int32_t entry = min((at.key + 16 * i) >> p.page_shift, p.max_pages - 1);
+        copy4(&block->page[i], p.page_table + (int64_t)at.slot * p.max_pages + entry);
+    }
+    if (i == 0) {
+        *(int4 *)&block->key = make_int4(is_end ? -1 : at.key, at.first, max(at.first, at.end), at.kv_head);
+        at.key += is_end ? 0 : MIL_ATTENTION_BLOCK;
+        shared->cursor = at;
+    }
+    __syncwarp(0xf);
+}
+
+template <class Shape>
+static __device__ __forceinline__ char *tile_of(char *memory, int32_t tile)
+{
+    return memory + Shape::TILES + tile % Shape::RING * Shape::TILE_BYTES;
+}
+
+/* K or V of block `index` of the stream, tile 2 index (+ 1 if V) of the ring. */
+template <class Shape, bool IS_V>
+static __device__ __forceinline__ void fetch(const attention_params &p, char *memory, int32_t index)
+{
+    attention_shared *shared = (attention_shared *)memory;
+    constexpr int ROWS_AT_ONCE = Shape::THREADS / Shape::CHUNKS;
+    constexpr int PASSES = (MIL_ATTENTION_BLOCK + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    const uint32_t thread = thread_index();
+    const uint32_t first_row = thread / Shape::CHUNKS, chunk = thread % Shape::CHUNKS;
+    const kv_block *block = &shared->blocks[index % N_AHEAD];
+    const int4 at = *(const int4 *)&block->key;
+    if (at.x >= 0 && first_row < ROWS_AT_ONCE) {
+        const char *from = (const char *)(IS_V ? p.v : p.k);
+        char *to = tile_of<Shape>(memory, 2 * index + IS_V) + first_row * Shape::STRIDE + 16 * chunk;
+        /* No keys where head_dim has no such chunk. */
+        const uint32_t n_keys = 8 * chunk < (uint32_t)p.head_dim ? (uint32_t)(at.z - at.y) : 0;
+        const uint32_t head_bytes = (uint32_t)at.w * p.head_bytes + 16 * chunk;
+#pragma unroll
+        for (int i = 0; i < PASSES; i++) {
+            const uint32_t row = first_row + i * ROWS_AT_ONCE, key = (uint32_t)at.x + row;
+            if ((i + 1) * ROWS_AT_ONCE > MIL_ATTENTION_BLOCK && row >= MIL_ATTENTION_BLOCK)
+                break;
+            const uint32_t page = min((uint32_t)block->page[row / 16], p.last_page);
+            const uint32_t in_page = head_bytes + (key & p.page_mask) * p.row_bytes;
+            mil_copy16(to + i * ROWS_AT_ONCE * Shape::STRIDE,
+                       from + ((uint64_t)page * p.page_bytes + in_page),
+                       key - (uint32_t)at.y < n_keys);
+        }
+    }
+    if (IS_V && threadIdx.x < 4)
+        look_ahead(p, shared, index + Shape::RING / 2);
+    mil_copy_commit();
+}
+
+template <class Shape>
+static __device__ __forceinline__ void start_stream(const attention_params &p, char *memory)
+{
+    attention_shared *shared = (attention_shared *)memory;
+    if (threadIdx.x < 4) {
+        if (threadIdx.x == 0)
+            shared->cursor = kv_cursor{};
+        __syncwarp(0xf);
+        for (int32_t i = 0; i < Shape::RING / 2; i++)
+            look_ahead(p, shared, i);
+    }
+    mil_copy_commit();
+    mil_copy_wait<0>();
+    __syncthreads();
+    for (int32_t i = 0; i < Shape::RING / 2; i++) {
+        fetch<Shape, false>(p, memory, i);
+        if (i < Shape::RING / 2 - 1)
+            fetch<Shape, true>(p, memory, i);
+    }
+}
+
+/* Wait for K or V of block `index`. The tile before it has been read by all: another one, RING tiles
+ * later in the stream, comes in its place. */
+template <class Shape, bool IS_V>
+static __device__ __forceinline__ const char *next_tile(const attention_params &p, char *memory,
+                                                        int32_t index)
+{
+    mil_copy_wait<Shape::RING - 2>();
+    __syncthreads();
+    fetch<Shape, !IS_V>(p, memory, index + Shape::RING / 2 - (IS_V ? 0 : 1));
+    return tile_of<Shape>(memory, 2 * index + IS_V);
+}
+
+/* ---- q ---- */
+
+template <class Shape>
+static __device__ __forceinline__ void load_q(uint32_t (&q)[Shape::D_STEPS][4],
+                                              const attention_params &p, const queued_item *queued,
+                                              int32_t row)
+{
+    const int32_t lane = threadIdx.x % MIL_WARP, last = queued->item.n_rows - 1;
+    const uint16_t *from[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        from[i] = p.q + mil_attention_row(&queued->item, queued->kv_head,
+                                          min(row + lane / 4 + 8 * i, last), p.group, p.n_heads) *
+                            p.head_dim + 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < Shape::D_STEPS; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int32_t column = 16 * i + 8 * (j / 2);
+            q[i][j] = column < p.head_dim ? *(const uint32_t *)(from[j % 2] + column) : 0;
+        }
+}
+
+/* Chunk c of row r lies at chunk c ^ (r % 8). */
+template <class Shape>
+static __device__ __forceinline__ void share_q(char *q, const attention_params &p,
+                                               const queued_item *queued, int32_t n_rows)
+{
+    for (int32_t i = threadIdx.x; i < n_rows * Shape::CHUNKS; i += Shape::THREADS) {
+        const int32_t row = i / Shape::CHUNKS, chunk = i % Shape::CHUNKS;
+        const int64_t from =
+            mil_attention_row(&queued->item, queued->kv_head, min(row, queued->item.n_rows - 1),
+                              p.group, p.n_heads) * p.head_dim + 8 * chunk;
+        uint4 bits = make_uint4(0, 0, 0, 0);
+        if (8 * chunk < p.head_dim)
+            bits = *(const uint4 *)(p.q + from);
+        *(uint4 *)(q + (row * Shape::CHUNKS + (chunk ^ (row % 8))) * 16) = bits;
+    }
+}
+
+/* ---- one block of keys ---- */
+
+/* Where a lane points ldmatrix in 16 keys x 16 columns: of its four 8 x 8 matrices the second is the
+ * right neighbour (K, whose rows are B's columns) or the one below (V). */
+template <class Shape>
+static __device__ __forceinline__ uint32_t k_lane()
+{
+    const uint32_t thread = thread_index();
+    return (thread / 16 % 2 * 8 + thread % 8) * Shape::STRIDE + thread / 8 % 2 * 16;
+}
+
+template <class Shape>
+static __device__ __forceinline__ uint32_t v_lane()
+{
+    const uint32_t thread = thread_index();
+    return thread % 16 * Shape::STRIDE + thread / 16 % 2 * 16;
+}
+
+/* s[2 i], s[2 i + 1] = q . keys 16 i ..; k: this lane's address in the first 16 keys. */
+template <class Shape, int N_KEYS>
+static __device__ __forceinline__ void find_scores(float (&s)[N_KEYS / 8][4],
+                                                   const uint32_t (&q)[Shape::D_STEPS][4],
+                                                   const char *shared_q, const char *k)
+{
+    const int32_t lane = threadIdx.x % MIL_WARP;
+#pragma unroll
+    for (int i = 0; i < N_KEYS / 8; i++)
+        s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
+#pragma unroll
+    for (int d = 0; d < Shape::D_STEPS; d++) {
+        uint32_t a[4] = {q[d][0], q[d][1], q[d][2], q[d][3]};
+        if (Shape::HAS_Q)
+            mil_ldmatrix4(a, shared_q + (((2 * d + lane / 16) ^ (lane % 8)) * 16));
+#pragma unroll
+        for (int i = 0; i < N_KEYS / 16; i++) {
+            uint32_t b[4];
+            mil_ldmatrix4(b, k + i * 16 * Shape::STRIDE + d * 32);
+            mil_mma(s[2 * i], a, b[0], b[1]);
+            mil_mma(s[2 * i + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+/* What a warp's 16 rows may see; index 0 is the lane's upper row, 1 the one 8 below. */
+typedef struct row_limits {
+    int32_t end[2];   /* keys seen by the lane's rows: end - window <= key < end */
+    int32_t least;    /* of the warp's */
+    int32_t greatest;
+} row_limits;
+
+static __device__ __forceinline__ int32_t first_of(const attention_params &p, int32_t end)
+{
+    return p.window > 0 ? end - p.window : 0;
+}
+
+static __device__ __forceinline__ row_limits limits_of(const attention_params &p,
+                                                       const mil_attention_item *item, int32_t row)
+{
+    const int32_t lane = threadIdx.x % MIL_WARP;
+    row_limits limits;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int32_t packed = item->first_row + min(row + lane / 4 + 8 * i, item->n_rows - 1);
+        limits.end[i] = item->past + (int32_t)((uint32_t)packed / (uint32_t)p.group) + 1;
+    }
+    limits.least = __shfl_sync(0xffffffffu, limits.end[0], 0);
+    limits.greatest = __shfl_sync(0xffffffffu, limits.end[1], MIL_WARP - 1);
+    return limits;
+}
+
+/* cap * tanh(x / cap) in powers of two: 1 - 2 / (e^2y + 1). */
+static __device__ __forceinline__ float cap_score(const attention_params &p, float x)
+{
+    return p.cap_out * (1.0f - __fdividef(2.0f, mil_exp2(p.cap_in * x) + 1.0f));
+}
+
+/* Cap, mask, and the largest of each row, times factor. `key` is the first of s. */
+template <int N>
+static __device__ __forceinline__ void shape_scores(float (&s)[N][4], float (&top)[2],
+                                                    const attention_params &p,
+                                                    const row_limits &limits, int32_t key)
+{
+    const int32_t column = key + 2 * (int32_t)(thread_index() % 4);
+    if (p.cap_out != 0.0f)
+#pragma unroll
+        for (int i = 0; i < N; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                s[i][j] = cap_score(p, s[i][j]);
+    if (key + 8 * N > limits.least || key < first_of(p, limits.greatest))
+#pragma unroll
+        for (int i = 0; i < N; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int32_t own = column + 8 * i + j % 2;
+                if (own >= limits.end[j / 2] || own < first_of(p, limits.end[j / 2]))
+                    s[i][j] = -INFINITY;
+            }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        top[r] = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
+#pragma unroll
+        for (int i = 1; i < N; i++)
+            top[r] = fmaxf(top[r], fmaxf(s[i][2 * r], s[i][2 * r + 1]));
+        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2)) * p.factor;
+    }
+}
+
+static __device__ __forceinline__ uint32_t weights(float low, float high, float factor, float maximum)
+{
+    return mil_pack2(mil_exp2(fmaf(low, factor, -maximum)), mil_exp2(fmaf(high, factor, -maximum)));
+}
+
+/* The state of a warp's rows. */
+template <class Shape>
+struct row_state {
+    float o[2 * Shape::D_STEPS][4];
+    float sum[4]; /* [0] and [2], of the lane's two rows */
+    float maximum[2];
+    float shrink[2]; /* what a new maximum leaves of O and sum */
+};
+
+template <class Shape>
+static __device__ __forceinline__ void raise(row_state<Shape> &state, int r, float top)
+{
+    const float maximum = fmaxf(state.maximum[r], top);
+    state.shrink[r] = mil_exp2(state.maximum[r] - maximum);
+    state.maximum[r] = maximum;
+}
+
+/* Multiplying by one changes nothing, so warps with no new maximum skip it. */
+template <class Shape>
+static __device__ __forceinline__ void shrink(row_state<Shape> &state)
+{
+    if (!__any_sync(0xffffffffu, state.shrink[0] != 1.0f || state.shrink[1] != 1.0f))
+        return;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        state.sum[j] *= state.shrink[j / 2];
+#pragma unroll
+        for (int i = 0; i < 2 * Shape::D_STEPS; i++)
+            state.o[i][j] *= state.shrink[j / 2];
+    }
+}
+
+/* P of a warp's 16 rows and 64 keys, as A fragments. */
+template <class Shape>
+static __device__ __forceinline__ void
+find_weights(row_state<Shape> &state, uint32_t (&weight)[Shape::KEY_STEPS][4],
+             const uint32_t (&q)[Shape::D_STEPS][4], const attention_params &p,
+             const row_limits &limits, const char *shared_q, const char *k, int32_t key)
+{
+    float s[MIL_ATTENTION_BLOCK / 8][4], top[2];
+    find_scores<Shape, MIL_ATTENTION_BLOCK>(s, q, shared_q, k);
+    shape_scores(s, top, p, limits, key);
+    raise(state, 0, top[0]);
+    raise(state, 1, top[1]);
+#pragma unroll
+    for (int i = 0; i < Shape::KEY_STEPS; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float(&from)[4] = s[2 * i + j / 2];
+            const int r = j % 2;
+            weight[i][j] =
+                weights(from[2 * r], from[2 * r + 1], p.factor, state.maximum[r]);
+        }
+}
+
+/* The same P by all warps, left in shared memory: S_WARPS of them have 16 keys each. */
+template <class Shape>
+static __device__ __forceinline__ void
+share_weights(row_state<Shape> &state, attention_shares *shares,
+              const uint32_t (&q)[Shape::D_STEPS][4], const attention_params &p,
+              const row_limits &limits, const char *shared_q, const char *k, int32_t key)
+{
+    const int32_t thread = (int32_t)thread_index();
+    const int32_t lane = thread % MIL_WARP, warp = thread / MIL_WARP;
+    float s[2][4] = {};
+    if (warp < S_WARPS) {
+        float top[2];
+        find_scores<Shape, 16>(s, q, shared_q, k + warp * 16 * Shape::STRIDE);
+        shape_scores(s, top, p, limits, key + 16 * warp);
+        if (lane % 4 == 0) {
+            shares->maximum[warp][lane / 4] = top[0];
+            shares->maximum[warp][lane / 4 + 8] = top[1];
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float top = shares->maximum[0][lane / 4 + 8 * r];
+#pragma unroll
+        for (int i = 1; i < S_WARPS; i++)
+            top = fmaxf(top, shares->maximum[i][lane / 4 + 8 * r]);
+        raise(state, r, top);
+    }
+    if (warp < S_WARPS)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                *(uint32_t *)&shares->p[(lane / 4 + 8 * r) * P_STRIDE + 16 * warp + 8 * i +
+                                        2 * (lane % 4)] =
+                    weights(s[i][2 * r], s[i][2 * r + 1], p.factor, state.maximum[r]);
+}
+
+/* o0, o1 += P V for 16 columns; v: this lane's address in the first 16 keys at those columns. */
+template <class Shape>
+static __device__ __forceinline__ void add_values(float (&o0)[4], float (&o1)[4],
+                                                  const uint32_t (&weight)[4], const char *v, int i)
+{
+    uint32_t b[4];
+    mil_ldmatrix4_trans(b, v + i * 16 * Shape::STRIDE);
+    mil_mma(o0, weight, b[0], b[1]);
+    mil_mma(o1, weight, b[2], b[3]);
+}
+
+template <class Shape>
+static __device__ __forceinline__ void add_weights(row_state<Shape> &state,
+                                                   const uint32_t (&weight)[Shape::KEY_STEPS][4],
+                                                   const char *v)
+{
+    shrink(state);
+#pragma unroll
+    for (int i = 0; i < Shape::KEY_STEPS; i++) {
+        mil_mma(state.sum, weight[i], ONES, ONES);
+#pragma unroll
+        for (int d = 0; d < Shape::D_STEPS; d++)
+            add_values<Shape>(state.o[2 * d], state.o[2 * d + 1], weight[i], v + 32 * d, i);
+    }
+}
+
+/* Columns 16 (warp + d WARPS) on of a small tile, in o[2 d] and o[2 d + 1]. */
+template <class Shape>
+static __device__ __forceinline__ void add_shared_weights(row_state<Shape> &state,
+                                                          const attention_shares *shares,
+                                                          const char *v)
+{
+    const int32_t thread = (int32_t)thread_index();
+    const int32_t lane = thread % MIL_WARP, warp = thread / MIL_WARP;
+    shrink(state);
+#pragma unroll
+    for (int i = 0; i < Shape::KEY_STEPS; i++) {
+        uint32_t weight[4];
+        mil_ldmatrix4(weight, &shares->p[lane % 16 * P_STRIDE + 16 * i + 8 * (lane / 16)]);
+        mil_mma(state.sum, weight, ONES, ONES);
+#pragma unroll
+        for (int d = 0; d < Shape::OWN_STEPS; d++)
+            if (warp + d * Shape::WARPS < Shape::D_STEPS)
+                add_values<Shape>(state.o[2 * d], state.o[2 * d + 1], weight,
+                                  v + 32 * (warp + d * Shape::WARPS), i);
+    }
+}
+
+/* ---- results ---- */
+
+/* 16 columns from `column` on of the lane's two rows; a neighbour's half makes each store 8 bytes. */
+static __device__ __forceinline__ void store_results(uint16_t *const (&to)[2], const float (&o0)[4],
+                                                     const float (&o1)[4],
+                                                     const float (&inverse)[2], int32_t column,
+                                                     int32_t head_dim)
+{
+    const int32_t lane = threadIdx.x % MIL_WARP;
+    const bool is_odd = (lane & 1) != 0;
+    column += (is_odd ? 8 : 0) + 2 * (lane & 2);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const uint32_t left = mil_pack2(o0[2 * r] * inverse[r], o0[2 * r + 1] * inverse[r]);
+        const uint32_t right = mil_pack2(o1[2 * r] * inverse[r], o1[2 * r + 1] * inverse[r]);
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, is_odd ? left : right, 1);
+        if (to[r] != NULL && column < head_dim)
+            *(uint2 *)(to[r] + column) = is_odd ? make_uint2(got, right) : make_uint2(left, got);
+    }
+}
+
+static __device__ __forceinline__ void store_partials(float *const (&to)[2], const float (&o0)[4],
+                                                      const float (&o1)[4], int32_t column,
+                                                      int32_t head_dim)
+{
+    column += 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        if (to[r] != NULL && column < head_dim)
+            *(float2 *)(to[r] + column) = make_float2(o0[2 * r], o0[2 * r + 1]);
+        if (to[r] != NULL && column + 8 < head_dim)
+            *(float2 *)(to[r] + column + 8) = make_float2(o1[2 * r], o1[2 * r + 1]);
+    }
+}
+
+/* A tile of more than 16 rows: this warp's 16. */
+template <class Shape>
+static __device__ __forceinline__ void finish_rows(const row_state<Shape> &state,
+                                                   const attention_params &p,
+                                                   const queued_item *queued, int32_t row)
+{
+    const int32_t lane = threadIdx.x % MIL_WARP;
+    const float inverse[2] = {1.0f / state.sum[0], 1.0f / state.sum[2]};
+    uint16_t *to[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int32_t own = row + lane / 4 + 8 * r;
+        to[r] = own >= queued->item.n_rows
+                    ? NULL
+                    : p.out + mil_attention_row(&queued->item, queued->kv_head, own, p.group,
+                                                p.n_heads) * p.head_dim;
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::D_STEPS; i++)
+        store_results(to, state.o[2 * i], state.o[2 * i + 1], inverse, 16 * i, p.head_dim);
+}
+
+/* A tile of at most 16 rows: this warp's columns; and if it is one of several splits, the sum of all
+ * splits by the block that ends last. */
+template <class Shape>
+static __device__ __forceinline__ void finish_columns(const row_state<Shape> &state,
+                                                      const attention_params &p,
+                                                      attention_shared *shared,
+                                                      const queued_item *queued)
+{
+    const int32_t lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
+    const mil_attention_item *item = &queued->item;
+    const float inverse[2] = {1.0f / state.sum[0], 1.0f / state.sum[2]};
+    const bool is_part = item->n_splits > 1;
+    const int64_t first_partial = (int64_t)item->partial * p.n_heads + queued->kv_head * p.group +
+                                  item->first_row; /* of row 0 of the tile: these have one query */
+    uint16_t *to[2];
+    float *part[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int32_t own = lane / 4 + 8 * r;
+        const bool is_row = own < item->n_rows;
+        const int64_t at = first_partial + (int64_t)item->split * p.n_heads + own;
+        to[r] = NULL;
+        part[r] = NULL;
+        if (is_row && is_part)
+            part[r] = p.partials.o + at * p.head_dim;
+        if (is_row && !is_part)
+            to[r] = p.out + mil_attention_row(item, queued->kv_head, own, p.group, p.n_heads) *
+                                p.head_dim;
+        if (is_row && is_part && warp == 0 && lane % 4 == 0)
+            p.partials.sums[at] = make_float2(state.maximum[r], state.sum[2 * r]);
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::OWN_STEPS; i++) {
+        const int32_t column = 16 * (warp + i * Shape::WARPS);
+        if (is_part)
+            store_partials(part, state.o[2 * i], state.o[2 * i + 1], column, p.head_dim);
+        else
+            store_results(to, state.o[2 * i], state.o[2 * i + 1], inverse, column, p.head_dim);
+    }
+    if (!is_part ||
+        !mil_attention_is_last(&p.counters[(int64_t)item->counter * p.n_kv_heads + queued->kv_head],
+                               item->n_splits, &shared->is_last))
+        return;
+    for (int32_t row = warp; row < item->n_rows; row += Shape::WARPS)
+        mil_attention_merge(
+            p.out + mil_attention_row(item, queued->kv_head, row, p.group, p.n_heads) * p.head_dim,
+            p.partials, first_partial + row, p.n_heads, item->n_splits, p.head_dim);
+}
+
+/* ---- the kernel ---- */
+
+template <class Shape>
+static __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
+    attention_kernel(const __grid_constant__ attention_params p)
+{
+    extern __shared__ __align__(128) char memory[];
+    attention_shared *shared = (attention_shared *)memory;
+    attention_shares *shares =
+        (attention_shares *)(memory + (Shape::HAS_Q ? Shape::Q_SHARES : Shape::SHARES));
+    const int32_t warp = threadIdx.x / MIL_WARP;
+    mil_wait_for_previous();
+    mil_let_next_start();
+    start_stream<Shape>(p, memory);
+
+    int32_t index = 0; /* of a block of keys in the stream */
+    for (int32_t n = 0;; n++) {
+        const queued_item *queued = &shared->items[n % N_AHEAD];
+        const int32_t n_rows = queued->item.n_rows;
+        if (n_rows == 0)
+            break;
+        const bool is_small = n_rows <= MIL_ATTENTION_ROWS;
+        const int32_t row = is_small ? 0 : 16 * warp;
+        const row_limits limits = limits_of(p, &queued->item, row);
+        uint32_t q[Shape::D_STEPS][4];
+        const char *shared_q =
+            memory + Shape::Q + (row + threadIdx.x % 16) * Shape::D * 2; /* this lane's row */
+        if (Shape::HAS_Q) {
+            __syncthreads(); /* the item before may still be read */
+            share_q<Shape>(memory + Shape::Q, p, queued, is_small ? 16 : Shape::ROWS);
+        } else {
+            load_q<Shape>(q, p, queued, row);
+        }
+        row_state<Shape> state = {};
+        state.maximum[0] = state.maximum[1] = MIL_ATTENTION_NO_MAXIMUM;
+        const int32_t end = queued->item.key_end;
+        for (int32_t key = queued->key; key < end; key += MIL_ATTENTION_BLOCK) {
+            uint32_t weight[Shape::KEY_STEPS][4];
+            const char *k = next_tile<Shape, false>(p, memory, index) + k_lane<Shape>();
+            const bool has_work =
+                is_small || (row < n_rows && key < limits.greatest &&
+                             key + MIL_ATTENTION_BLOCK > first_of(p, limits.least));
+            if (is_small)
+                share_weights(state, shares, q, p, limits, shared_q, k, key);
+            else if (has_work)
+                find_weights(state, weight, q, p, limits, shared_q, k, key);
+            const char *v = next_tile<Shape, true>(p, memory, index) + v_lane<Shape>();
+            index++;
+            if (is_small)
+                add_shared_weights(state, shares, v);
+            else if (has_work)
+                add_weights(state, weight, v);
+        }
+        if (is_small)
+            finish_columns(state, p, shared, queued);
+        else if (row < n_rows)
+            finish_rows(state, p, queued, row);
+    }
+}
+
+template <class Shape>
+static mil_status launch(mil_context *context, const attention_params &params, int64_t n_blocks)
+{
+    static_assert(Shape::RING + 2 <= N_AHEAD && (Shape::RING & (Shape::RING - 1)) == 0, "ring");
+    static_assert(sizeof(attention_shared) % 16 == 0 && sizeof(attention_shares) % 16 == 0, "align");
+    static_assert(!Shape::HAS_Q || Shape::Q_SHARES + sizeof(attention_shares) <= Shape::TILES, "q");
+    static_assert(Shape::BYTES <= 99 * 1024, "the smallest chip's shared memory");
+    const mil_queue *queue = context->queue;
+    const int64_t most = (int64_t)queue->n_sms * Shape::BLOCKS;
+    MIL_CUDA_TRY(cudaFuncSetAttribute(attention_kernel<Shape>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES));
+    return mil_launch(queue, "attention", attention_kernel<Shape>,
+                      dim3((unsigned)(n_blocks < most ? n_blocks : most)), dim3(Shape::THREADS),
+                      Shape::BYTES, params);
+}
+
+/* Instances: head size, warps (16 rows each), blocks of an SM, tiles in the ring. Rows as
+ * mil_attention_tile_rows says. */
+typedef attention_shape<64, 8, 2, 4, false> shape_64;   /* 128 rows: 128 registers suffice */
+typedef attention_shape<80, 6, 2, 4, false> shape_80;   /* 96 rows: 168 registers */
+typedef attention_shape<96, 6, 2, 4, false> shape_96;
+typedef attention_shape<128, 6, 2, 4, false> shape_128;
+typedef attention_shape<256, 4, 2, 2, true> shape_256;  /* 64 rows: O alone is 128 registers */
+
+static mil_status launch_any(mil_context *context, const attention_params &params, int64_t n_blocks)
+{
+    if (params.head_dim <= 64)
+        return launch<shape_64>(context, params, n_blocks);
+    if (params.head_dim <= 80)
+        return launch<shape_80>(context, params, n_blocks);
+    if (params.head_dim <= 96)
+        return launch<shape_96>(context, params, n_blocks);
+    if (params.head_dim <= 128)
+        return launch<shape_128>(context, params, n_blocks);
+    return launch<shape_256>(context, params, n_blocks);
+}
+
+extern "C" mil_status mil_cuda_attention(mil_context *context, const mil_attention_args *args)
+{
+    const mil_plan_header *header = args->batch->header;
+    const mil_kv *kv = args->kv;
+    const float log2e = 1.44269504f;
+    if (kv->head_dim % 8 != 0 || kv->head_dim > 256 || args->n_heads % kv->n_kv_heads != 0)
+        return mil_fail(MIL_ERR_UNSUPPORTED,
+                        "attention: head_dim %d with %d heads over %d kv heads, expected a multiple "
+                        "of 8 up to 256 and whole groups",
+                        kv->head_dim, args->n_heads, kv->n_kv_heads);
+    if (kv->page_size < 16 || (kv->page_size & (kv->page_size - 1)) != 0)
+        return mil_fail(MIL_ERR_UNSUPPORTED,
+                        "attention: page size %d, expected a power of two from 16 on",
+                        kv->page_size);
+    const mil_attention_places places =
+        mil_attention_place(context->step_data, header->bucket_seqs, header->bucket_tokens,
+                            args->n_heads, kv->n_kv_heads);
+    attention_params params = {};
+    params.out = args->out;
+    params.q = args->q;
+    params.k = kv->k + args->layer * kv->layer_elements;
+    params.v = kv->v + args->layer * kv->layer_elements;
+    params.page_table = args->slots->page_table;
+    params.list = places.list;
+    params.items = places.items;
+    params.counters = places.counters;
+    params.partials = mil_attention_partials_in(context->workspace, context->workspace_bytes,
+                                                args->n_heads, kv->head_dim);
+    params.n_heads = args->n_heads;
+    params.n_kv_heads = kv->n_kv_heads;
+    params.group = args->n_heads / kv->n_kv_heads;
+    params.head_dim = kv->head_dim;
+    while (1 << params.page_shift < kv->page_size)
+        params.page_shift++;
+    params.page_mask = (uint32_t)kv->page_size - 1;
+    params.last_page = (uint32_t)kv->n_pages - 1;
+    params.row_bytes = 2 * (uint32_t)kv->head_dim;
+    params.head_bytes = params.row_bytes * (uint32_t)kv->page_size;
+    params.page_bytes = params.head_bytes * (uint32_t)kv->n_kv_heads;
+    params.max_pages = args->slots->max_pages;
+    params.window = args->window;
+    params.factor = args->scale * log2e;
+    if (args->softcap > 0.0f) {
+        params.cap_in = 2.0f * log2e * args->scale / args->softcap;
+        params.cap_out = args->softcap * log2e;
+        params.factor = 1.0f;
+    }
+    return launch_any(context, params, (int64_t)places.max_items * kv->n_kv_heads);
+}

@@ -1,0 +1,184 @@
+/* What attention's paths share: the list of work that a step's plan makes once for all layers, the
+ * rule by which a long row is split, and how its partial results become one.
+ *
+ * Queries of a kv head's group are packed as rows: packed row r of a sequence is query r / group,
+ * head kv_head * group + r % group. An item is a tile of such rows and the keys that it may see; it
+ * stands for one tile of each kv head. Rows of a sequence with one query (a decode row) are cut by
+ * keys as well: the cut is a function of the row's own length, so batch mates change no bits. */
+#pragma once
+
+#include "kernels/common.cuh"
+
+#define MIL_ATTENTION_BLOCK 64      /* keys; blocks lie at absolute multiples of it */
+#define MIL_ATTENTION_ROWS 16       /* tiles of at most so many rows are worked on by a whole block */
+#define MIL_ATTENTION_MIN_SPLIT 256 /* keys of the shortest split: 8 kv heads x 1k keys fill 32 SMs */
+#define MIL_ATTENTION_HEADER_BYTES 256
+/* Where the running maximum starts: finite, so that maximum minus maximum is never NaN. */
+#define MIL_ATTENTION_NO_MAXIMUM (-1e30f)
+
+typedef struct mil_attention_item {
+    int32_t token;       /* row of T of the sequence's first query */
+    int32_t past;        /* keys before that query: query i sees past + i + 1 keys */
+    int32_t slot;        /* its row of the page table */
+    int32_t first_limit; /* keys that the tile's first query sees */
+    int32_t first_row;   /* packed */
+    int32_t n_rows;      /* packed, > 0 */
+    int32_t key_begin, key_end;
+    int32_t split, n_splits;
+    int32_t partial; /* the place of split 0's partial result, if n_splits > 1 */
+    int32_t counter; /* of a tile, before kv heads */
+} mil_attention_item;
+
+/* step_data from its start: header, items, counters (zero between kernels). */
+typedef struct mil_attention_list {
+    int32_t n_items;
+} mil_attention_list;
+
+typedef struct mil_attention_places {
+    mil_attention_list *list;
+    mil_attention_item *items; /* [max_items], longest first */
+    int32_t *counters;         /* [n_counters]: splits of a tile and kv head that are done */
+    int32_t max_items;
+    int32_t n_counters;
+    size_t n_bytes;
+} mil_attention_places;
+
+/* Partial results in the workspace, row (place + split) * N + head. */
+typedef struct mil_attention_partials {
+    float *o;     /* [n_places, N, D], not divided by the sum */
+    float2 *sums; /* [n_places, N]: maximum (of scores in powers of two), sum */
+    int32_t n_places;
+} mil_attention_partials;
+
+/* ---- sizes, on the host ---- */
+
+/* Packed rows of a prefill tile of the portable path. 16 rows of a warp: more would spill at D 128,
+ * and fewer warps would hide less. 96 rows let two blocks of six warps have 168 registers a thread. */
+static inline int32_t mil_attention_tile_rows(int32_t head_dim)
+{
+    return head_dim <= 64 ? 128 : head_dim <= 128 ? 96 : 64;
+}
+
+/* So that one long row fills a GPU: some 256 splits over all kv heads, a power of two. */
+static inline int32_t mil_attention_max_splits(int32_t n_kv_heads)
+{
+    int32_t n = 16;
+    while (n < 128 && n * n_kv_heads < 256)
+        n *= 2;
+    return n;
+}
+
+static inline mil_attention_places mil_attention_place(void *step_data, int32_t n_seqs,
+                                                       int32_t n_tokens, int32_t n_heads,
+                                                       int32_t n_kv_heads)
+{
+    mil_attention_places places = {};
+    const int64_t group = (n_heads + n_kv_heads - 1) / n_kv_heads;
+    const int64_t n_tiles = (group + MIL_ATTENTION_ROWS - 1) / MIL_ATTENTION_ROWS;
+    /* Whole tiles of at least 64 rows, a last one of each sequence, and the splits of decode rows. */
+    const int64_t n_items =
+        (n_tokens * group + 63) / 64 +
+        n_seqs * (1 + n_tiles * (int64_t)mil_attention_max_splits(n_kv_heads));
+    const size_t item_bytes = mil_round_up((size_t)n_items * sizeof(mil_attention_item), 256);
+    char *at = (char *)step_data;
+    places.max_items = (int32_t)n_items;
+    places.n_counters = (int32_t)(n_seqs * n_tiles * n_kv_heads);
+    places.n_bytes = MIL_ATTENTION_HEADER_BYTES + item_bytes +
+                     mil_round_up((size_t)places.n_counters * sizeof(int32_t), 256);
+    if (at != NULL) {
+        places.list = (mil_attention_list *)at;
+        places.items = (mil_attention_item *)(at + MIL_ATTENTION_HEADER_BYTES);
+        places.counters = (int32_t *)(at + MIL_ATTENTION_HEADER_BYTES + item_bytes);
+    }
+    return places;
+}
+
+static inline size_t mil_attention_partial_bytes(int32_t n_heads, int32_t head_dim)
+{
+    return (size_t)n_heads * (size_t)(head_dim + 2) * sizeof(float);
+}
+
+/* As many places as the workspace has room for: the plan leaves a row whole that finds none. */
+static inline mil_attention_partials mil_attention_partials_in(void *workspace, size_t n_bytes,
+                                                               int32_t n_heads, int32_t head_dim)
+{
+    mil_attention_partials partials = {};
+    const size_t room = n_bytes < 256 ? 0 : n_bytes - 256;
+    const size_t n = room / mil_attention_partial_bytes(n_heads, head_dim);
+    partials.n_places = n > INT32_MAX ? INT32_MAX : (int32_t)n;
+    partials.sums = (float2 *)workspace;
+    partials.o = (float *)((char *)workspace +
+                           mil_round_up((size_t)partials.n_places * (size_t)n_heads * 8, 256));
+    return partials;
+}
+
+/* ---- on the device ---- */
+
+static __device__ __forceinline__ float mil_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Packed row r of a tile as (row of T, head). */
+static __device__ __forceinline__ int64_t mil_attention_row(const mil_attention_item *item,
+                                                            int32_t kv_head, int32_t row,
+                                                            int32_t group, int32_t n_heads)
+{
+    const uint32_t packed = (uint32_t)(item->first_row + row);
+    const uint32_t query = packed / (uint32_t)group;
+    const uint32_t head = (uint32_t)(kv_head * group) + packed - query * (uint32_t)group;
+    return (int64_t)(item->token + (int32_t)query) * n_heads + head;
+}
+
+/* Called by the whole block after it wrote its partial result: true in the block that came last. */
+static __device__ __forceinline__ bool mil_attention_is_last(int32_t *counter, int32_t n_splits,
+                                                             int32_t *is_last)
+{
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const int32_t n_before = atomicAdd(counter, 1);
+        *is_last = n_before == n_splits - 1;
+        if (n_before == n_splits - 1)
+            *counter = 0; /* the next layer's */
+    }
+    __syncthreads();
+    if (!*is_last)
+        return false;
+    __threadfence();
+    return true;
+}
+
+/* One row, by one warp: splits in ascending order, whoever computes it. out: [head_dim]. */
+static __device__ __forceinline__ void mil_attention_merge(uint16_t *out,
+                                                           const mil_attention_partials &partials,
+                                                           int64_t row, int32_t stride,
+                                                           int32_t n_splits, int32_t head_dim)
+{
+    const int32_t lane = threadIdx.x % MIL_WARP;
+    float maximum = MIL_ATTENTION_NO_MAXIMUM;
+    for (int32_t s = lane; s < n_splits; s += MIL_WARP)
+        maximum = fmaxf(maximum, __ldcg(&partials.sums[row + (int64_t)s * stride]).x);
+    maximum = mil_warp_max(maximum);
+    for (int32_t column = 4 * lane; column < head_dim; column += 4 * MIL_WARP) {
+        float sum = 0.0f;
+        float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (int32_t s = 0; s < n_splits; s++) {
+            const int64_t at = row + (int64_t)s * stride;
+            const float2 part = __ldcg(&partials.sums[at]);
+            const float4 v = __ldcg((const float4 *)(partials.o + at * head_dim + column));
+            const float weight = mil_exp2(part.x - maximum);
+            sum = fmaf(weight, part.y, sum);
+            o.x = fmaf(weight, v.x, o.x);
+            o.y = fmaf(weight, v.y, o.y);
+            o.z = fmaf(weight, v.z, o.z);
+            o.w = fmaf(weight, v.w, o.w);
+        }
+        const float inverse = 1.0f / sum;
+        *(uint2 *)(out + column) =
+            make_uint2(mil_pack2(o.x * inverse, o.y * inverse), mil_pack2(o.z * inverse, o.w * inverse));
+    }
+}

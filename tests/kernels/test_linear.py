@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 import pytest
-from helpers.cpu_shim import Array, Shim, bf16, cuda_paths, from_bf16
+from helpers.cpu_shim import Array, Shim, bf16, from_bf16
 from helpers.linear_shim import MARK, Weight
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,6 @@ ODD_SHAPES = [(1, 1), (7, 3), (130, 33), (64, 65), (37, 513), (250, 2049)]
 EPS_BF16 = 2.0**-8
 MODES = [False, True]
 
-paths = pytest.mark.parametrize("path", cuda_paths())
 modes = pytest.mark.parametrize("deterministic", MODES)
 
 
@@ -59,7 +58,6 @@ def assert_product(y: Array, x: Array, w: Array, bias: Array | None, eps: float)
     )
 
 
-@paths
 @modes
 @pytest.mark.parametrize(("N", "K"), SHAPES + ODD_SHAPES)
 def test_linear_is_the_product(path: str, deterministic: bool, N: int, K: int) -> None:
@@ -71,7 +69,6 @@ def test_linear_is_the_product(path: str, deterministic: bool, N: int, K: int) -
             assert_product(weight.linear(x[:M], is_logits=True), x[:M], w, None, 0.0)
 
 
-@paths
 @modes
 @pytest.mark.parametrize(("N", "K"), [(96, 64), (4096, 4096), (1025, 520), (33, 37)])
 def test_bias_is_added_before_the_rounding(path: str, deterministic: bool, N: int, K: int) -> None:
@@ -84,7 +81,6 @@ def test_bias_is_added_before_the_rounding(path: str, deterministic: bool, N: in
             assert_product(weight.linear(x[:M], is_logits=True), x[:M], w, bias, 0.0)
 
 
-@paths
 def test_bfloat16_bias_loses_nothing(path: str) -> None:
     bias = from_bf16(bf16(np.random.default_rng(1).standard_normal(256) * 20)).astype(np.float32)
     x, w = np.zeros((5, 64), np.uint16), inputs(1, 256, 64)[1]
@@ -94,7 +90,6 @@ def test_bfloat16_bias_loses_nothing(path: str) -> None:
         assert np.array_equal(y, np.broadcast_to(bias, y.shape))
 
 
-@paths
 @modes
 @pytest.mark.parametrize(("ldx", "ldy"), [(80, 104), (73, 101), (72, 107), (88, 100)])
 @pytest.mark.parametrize("M", [1, 16, 130])
@@ -110,7 +105,6 @@ def test_rows_may_be_wider_than_the_product(
             assert (wide[:, 100:] == MARK).all()
 
 
-@paths
 @pytest.mark.parametrize("is_logits", [False, True])
 @pytest.mark.parametrize(
     ("N", "K"), [(64, 64), (200, 1032), (4096, 4096), (6144, 2048), (1000, 4104), (37, 513)]
@@ -126,7 +120,6 @@ def test_batch_mates_do_not_change_a_row(path: str, N: int, K: int, is_logits: b
             assert np.array_equal(part, whole[begin : begin + n]), (begin, n)
 
 
-@paths
 @modes
 def test_a_row_of_nan_stays_in_its_row(path: str, deterministic: bool) -> None:
     x, w = inputs(130, 200, 1032)
@@ -141,7 +134,6 @@ def test_a_row_of_nan_stays_in_its_row(path: str, deterministic: bool) -> None:
         assert np.array_equal(y[rest], clean[rest])
 
 
-@paths
 @modes
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("N", "K"), [(200, 1032), (4096, 4096), (37, 65)])

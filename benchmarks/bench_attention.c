@@ -5,20 +5,11 @@
  *                                                 (MILPY_CPU_ISA forces an instruction set)
  *
  * Layers' KV is in rotation over 1 GiB, as a model's layers are, so that none is in a cache. */
+#include "driver.h"
 #include "roofs.h"
 
-#include "base/bf16.h"
-#include "base/hash.h"
-#include "base/memory.h"
-#include "base/threads.h"
-#include "ops/backend.h"
-
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-#define MAX_THREADS 256
 #define MAX_SEQS 64
 #define KV_BYTES ((size_t)1 << 30)
 #define PAGE_SIZE 16
@@ -41,34 +32,6 @@ static const shape shapes[] = {
     {"8B decode 8 x 2048", 32, 8, 128, 8, 1, 2048},
 };
 
-static double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
-
-static void require(bool ok, const char *what)
-{
-    if (!ok) {
-        fprintf(stderr, "bench_attention: %s: %s\n", what, mil_status_message());
-        exit(1);
-    }
-}
-
-static void *take(size_t n_bytes)
-{
-    mil_slab slab;
-    require(mil_slab_init(&slab, n_bytes, "bench") == MIL_OK, "memory");
-    return slab.data;
-}
-
-static void fill_bf16(uint16_t *to, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        to[i] = mil_bf16_from_float((float)(mil_mix64(i) >> 40) / 8388608.0f - 1.0f);
-}
-
 typedef struct machine {
     mil_context context;
     int32_t cpus[MAX_THREADS];
@@ -80,11 +43,6 @@ typedef struct machine {
 
 static void open_machine(machine *all, int32_t n_threads)
 {
-    all->n_threads = mil_cpus_usable(all->cpus, MAX_THREADS);
-    if (n_threads > 0 && n_threads < all->n_threads)
-        all->n_threads = n_threads;
-    require(mil_backend_find(&all->context.backend, "cpu") == MIL_OK, "backend");
-    require(mil_pool_create(&all->context.pool, all->n_threads, all->cpus) == MIL_OK, "pool");
     mil_maxima maxima = {.max_tokens = 512,
                          .max_seqs = MAX_SEQS,
                          .max_logit_rows = 1,
@@ -94,12 +52,10 @@ static void open_machine(machine *all, int32_t n_threads)
                          .vocab = 1,
                          .n_heads = 32,
                          .n_kv_heads = 8,
-                         .head_dim = 128,
-                         .n_threads = all->n_threads};
-    all->context.workspace_bytes = all->context.backend->workspace_bytes(&maxima);
-    all->context.workspace = take(all->context.workspace_bytes);
+                         .head_dim = 128};
+    all->n_threads = open_context(&all->context, all->cpus, n_threads, maxima);
     all->pages = take(KV_BYTES);
-    fill_bf16(all->pages, KV_BYTES / sizeof *all->pages);
+    fill_bf16(all->pages, KV_BYTES / sizeof *all->pages, 0, 1.0f);
     all->roof_bytes = (size_t)1 << 30;
     all->roof = roof_buffer(all->roof_bytes);
     require(all->roof != NULL, "memory for the roof");
@@ -114,7 +70,7 @@ static double seconds_of(machine *all, const shape *s)
     size_t q_items =
         (size_t)s->n_seqs * (size_t)s->query_length * (size_t)s->n_heads * (size_t)s->head_dim;
     uint16_t *q = take(q_items * sizeof *q), *out = take(q_items * sizeof *out);
-    fill_bf16(q, q_items);
+    fill_bf16(q, q_items, 0, 1.0f);
     for (int32_t i = 0; i < n_pages; i++) /* shuffled, as pages are after some requests */
         table[i] = (int32_t)((int64_t)i * 7919 % n_pages);
     for (int32_t i = 0; i < s->n_seqs; i++) {
@@ -145,12 +101,12 @@ static double seconds_of(machine *all, const shape *s)
     mil_thread_state saved;
     require(mil_pool_enter(all->context.pool, &saved) == MIL_OK, "enter");
     int32_t n_calls = 0;
-    double begin = now(), end;
+    double begin = roof_clock_s(), end;
     do {
         args.layer = n_calls % n_layers;
         require(all->context.backend->attention(&all->context, &args) == MIL_OK, "attention");
         n_calls++;
-        end = now();
+        end = roof_clock_s();
     } while (end - begin < 0.2);
     mil_pool_leave(all->context.pool, &saved);
     return (end - begin) / n_calls;

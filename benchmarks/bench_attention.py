@@ -11,26 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 from collections import defaultdict
-from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-DRIVER = ROOT / "build" / "bench" / "bench_attention"
-
-
-def build() -> None:
-    """The driver, linked with the core as it is now."""
-    subprocess.run(["make", "-s", "lib"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    DRIVER.parent.mkdir(parents=True, exist_ok=True)
-    sources = [str(HERE / name) for name in ("bench_attention.c", "roofs.c")]
-    flags = ["-O2", "-std=c11", "-D_GNU_SOURCE=", "-pthread", f"-I{ROOT / 'csrc'}"]
-    library = str(ROOT / "build" / "cpu" / "libmilpy.a")
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, *flags, *sources, library, "-lm", "-o", str(DRIVER)], check=True)
+from benchmarks.driver import build
 
 
 def main() -> None:
@@ -39,8 +24,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    build()
-    command = [str(DRIVER), str(options.rounds), str(options.threads), options.only]
+    command = [
+        str(build("bench_attention")),
+        str(options.rounds),
+        str(options.threads),
+        options.only,
+    ]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
     for record in map(json.loads, out.splitlines()):

@@ -21,11 +21,9 @@ import statistics
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-DRIVER = ROOT / "build" / "bench" / "bench_linear"
+from benchmarks.driver import build
+
 LARGEST_HONEST_RATIO = 1.05
 GEMM_BARS = {1: 0.90, 4: 0.80, 16: 0.80, 128: 0.85}
 LORA_BARS = {
@@ -41,22 +39,11 @@ FORK_JOIN_BAR_US = 3.0
 Record = dict[str, float | str]
 
 
-def build() -> None:
-    """The driver, linked with the core as it is now."""
-    subprocess.run(["make", "-s", "lib"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    DRIVER.parent.mkdir(parents=True, exist_ok=True)
-    sources = [str(HERE / name) for name in ("bench_linear.c", "roofs.c")]
-    flags = ["-O2", "-std=c11", "-D_GNU_SOURCE=", "-pthread", f"-I{ROOT / 'csrc'}"]
-    library = str(ROOT / "build" / "cpu" / "libmilpy.a")
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, *flags, *sources, library, "-lm", "-o", str(DRIVER)], check=True)
-
-
 def run(bench: str, rounds: int, threads: int, isa: str | None = None) -> Iterator[Record]:
     environment = dict(os.environ)
     if isa is not None:
         environment["MILPY_CPU_ISA"] = isa
-    command = [str(DRIVER), bench, str(rounds), str(threads)]
+    command = [str(build("bench_linear")), bench, str(rounds), str(threads)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -134,7 +121,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: all that a model would use")
     parser.add_argument("--only", choices=BENCHES)
     options = parser.parse_args()
-    build()
     for name in [options.only] if options.only else BENCHES:
         BENCHES[name](options.rounds, options.threads)
 

@@ -7,54 +7,14 @@
  * gemm: y[M, 4096] = x W^T, K = 4096, over 1 GiB of weights in rotation, so that none is in a
  * cache. lora: the seven projections of a whole model (0.5 B and 1 B shapes), with and without
  * adapters of rank 16: one sequence, 8 sequences with 8 adapters, and 512 tokens with one. */
+#include "driver.h"
 #include "roofs.h"
 
-#include "base/bf16.h"
-#include "base/hash.h"
-#include "base/memory.h"
-#include "base/threads.h"
-#include "ops/backend.h"
-
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-#define MAX_THREADS 256
 #define GEMM_SIZE 4096
 #define WEIGHT_BYTES ((size_t)1 << 30)
 #define MAX_ROWS 512
-
-static double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
-
-static void require(bool ok, const char *what)
-{
-    if (!ok) {
-        fprintf(stderr, "bench_linear: %s: %s\n", what, mil_status_message());
-        exit(1);
-    }
-}
-
-static void *take(size_t n_bytes)
-{
-    mil_slab slab;
-    require(mil_slab_init(&slab, n_bytes, "bench") == MIL_OK, "memory");
-    return slab.data;
-}
-
-/* Small values, the same on every run; filled by one thread, so that pages lie as a loader's do. */
-static void fill_bf16(uint16_t *to, size_t n, uint64_t seed)
-{
-    for (size_t i = 0; i < n; i++) {
-        uint64_t bits = mil_mix64(seed + i);
-        to[i] = mil_bf16_from_float(((float)(bits >> 40) / 8388608.0f - 1.0f) * 0.125f);
-    }
-}
 
 typedef struct machine {
     mil_context context;
@@ -70,11 +30,6 @@ typedef struct machine {
 
 static void open_machine(machine *all, int32_t n_threads)
 {
-    all->n_threads = mil_cpus_usable(all->cpus, MAX_THREADS);
-    if (n_threads > 0 && n_threads < all->n_threads)
-        all->n_threads = n_threads;
-    require(mil_backend_find(&all->context.backend, "cpu") == MIL_OK, "backend");
-    require(mil_pool_create(&all->context.pool, all->n_threads, all->cpus) == MIL_OK, "pool");
     mil_maxima maxima = {.max_tokens = MAX_ROWS,
                          .max_seqs = 64,
                          .max_logit_rows = 64,
@@ -84,16 +39,14 @@ static void open_machine(machine *all, int32_t n_threads)
                          .vocab = 32000,
                          .n_heads = 32,
                          .n_kv_heads = 8,
-                         .head_dim = 64,
-                         .n_threads = all->n_threads};
-    all->context.workspace_bytes = all->context.backend->workspace_bytes(&maxima);
-    all->context.workspace = take(all->context.workspace_bytes);
+                         .head_dim = 64};
+    all->n_threads = open_context(&all->context, all->cpus, n_threads, maxima);
     all->x = take((size_t)MAX_ROWS * WIDEST * 2);
-    fill_bf16(all->x, (size_t)MAX_ROWS * WIDEST, 1);
+    fill_bf16(all->x, (size_t)MAX_ROWS * WIDEST, 1, 0.125f);
     all->y = take((size_t)MAX_ROWS * WIDEST * 4);
     memset(all->y, 0, (size_t)MAX_ROWS * WIDEST * 4);
     all->weights = take(WEIGHT_BYTES);
-    fill_bf16(all->weights, (size_t)1 << 20, 2);
+    fill_bf16(all->weights, (size_t)1 << 20, 2, 0.125f);
     for (size_t done = (size_t)2 << 20; done < WEIGHT_BYTES; done *= 2)
         memcpy((char *)all->weights + done, all->weights, done);
 }
@@ -119,7 +72,7 @@ static double gemm_seconds(machine *all, int32_t M, int32_t n_products, size_t *
 {
     size_t bytes = all->context.backend->packed_bytes(GEMM_SIZE, GEMM_SIZE);
     require(mil_pool_enter(all->context.pool, &all->saved) == MIL_OK, "enter");
-    double begin = now();
+    double begin = roof_clock_s();
     for (int32_t i = 0; i < n_products; i++) {
         *at = (*at + bytes) % (WEIGHT_BYTES / bytes * bytes);
         mil_weight weight = {.format = MIL_WEIGHT_BF16_PANELS,
@@ -136,7 +89,7 @@ static double gemm_seconds(machine *all, int32_t M, int32_t n_products, size_t *
                                 .ldx = GEMM_SIZE};
         require(all->context.backend->linear(&all->context, &args) == MIL_OK, "linear");
     }
-    double seconds = (now() - begin) / n_products;
+    double seconds = (roof_clock_s() - begin) / n_products;
     mil_pool_leave(all->context.pool, &all->saved);
     return seconds;
 }
@@ -205,7 +158,7 @@ static mil_lora_table make_adapters(const mil_backend *backend, const shape *s)
     for (int32_t slot = 0; slot < MAX_ADAPTERS; slot++) {
         size_t each = (size_t)16 << 20;
         char *memory = take(each * 16);
-        fill_bf16((uint16_t *)memory, (size_t)1 << 20, (uint64_t)slot + 3);
+        fill_bf16((uint16_t *)memory, (size_t)1 << 20, (uint64_t)slot + 3, 0.125f);
         for (size_t done = (size_t)2 << 20; done < each * 16; done *= 2)
             memcpy(memory + done, memory, done);
         for (int32_t layer = 0; layer < s->n_layers; layer++) {
@@ -287,10 +240,10 @@ static double model_seconds(machine *all, const shape *s, const lora_case *which
 {
     require(mil_pool_enter(all->context.pool, &all->saved) == MIL_OK, "enter");
     int32_t n_passes = which->rows > 8 ? 1 : 3;
-    double begin = now();
+    double begin = roof_clock_s();
     for (int32_t i = 0; i < n_passes; i++)
         run_model(all, s, which->rows, lora);
-    double seconds = (now() - begin) / n_passes;
+    double seconds = (roof_clock_s() - begin) / n_passes;
     mil_pool_leave(all->context.pool, &all->saved);
     return seconds;
 }
@@ -349,9 +302,9 @@ static void bench_pool(machine *all, int32_t n_rounds)
     for (int32_t i = 0; i < 100; i++)
         mil_pool_run(all->context.pool, nothing, NULL);
     for (int32_t round = 0; round < n_rounds * 100; round++) {
-        double begin = now();
+        double begin = roof_clock_s();
         mil_pool_run(all->context.pool, nothing, NULL);
-        printf("{\"bench\": \"pool\", \"fork_join_us\": %.3f}\n", (now() - begin) * 1e6);
+        printf("{\"bench\": \"pool\", \"fork_join_us\": %.3f}\n", (roof_clock_s() - begin) * 1e6);
     }
     mil_pool_leave(all->context.pool, &all->saved);
 }

@@ -29,7 +29,7 @@ typedef struct share {
     double seconds;
 } share;
 
-static double now(void)
+EXPORT double roof_clock_s(void)
 {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
@@ -44,9 +44,9 @@ static void *run_share(void *argument)
     CPU_SET(mine->cpu, &set);
     sched_setaffinity(0, sizeof set, &set);
     pthread_barrier_wait(mine->start);
-    double begin = now();
+    double begin = roof_clock_s();
     mine->work(mine);
-    mine->seconds = now() - begin;
+    mine->seconds = roof_clock_s() - begin;
     return NULL;
 }
 
@@ -162,70 +162,32 @@ EXPORT double roof_copy_gbs(void *to, const void *from, size_t n_bytes, int n_th
 
 /* ---- arithmetic: twelve independent chains hide the latency of any of these units ---- */
 
-/* Every loop over acc is unrolled, the short ones too: gcc 12 keeps the array in memory otherwise and
- * the roof is then a third of what it is. */
-
 #define CHAINS 12
 
-AVX512BF16 static void dot_bf16(share *mine)
-{
-    __m512 acc[CHAINS];
-#pragma GCC unroll 12
-    for (int i = 0; i < CHAINS; i++)
-        acc[i] = _mm512_set1_ps(1e-3f * (float)i);
-    __m512bh x = (__m512bh)_mm512_set1_epi32(0x3c003c01);
-    for (long r = 0; r < mine->n_rounds; r++) {
-#pragma GCC unroll 12
-        for (int i = 0; i < CHAINS; i++)
-            acc[i] = _mm512_dpbf16_ps(acc[i], x, x);
-        __asm__ volatile("" ::: "memory");
+/* Every loop over acc is unrolled, the short ones too: gcc 12 keeps the array in memory otherwise,
+ * and the roof is then a third of what it is. The empty asm at the end takes the results, so that
+ * no chain is dropped. */
+#define CHAIN_LOOP(name, TARGET, vector, SET, STEP)                                                \
+    TARGET static void name(share *mine)                                                           \
+    {                                                                                              \
+        vector acc[CHAINS];                                                                        \
+        _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++) acc[i] = SET(1e-3f * (float)i);  \
+        for (long r = 0; r < mine->n_rounds; r++) {                                                \
+            _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++) acc[i] = STEP(acc[i]);       \
+            __asm__ volatile("" ::: "memory");                                                     \
+        }                                                                                          \
+        _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++)                                  \
+            __asm__ volatile("" ::"v"(acc[i]));                                                    \
     }
-    __m512 sum = acc[0];
-#pragma GCC unroll 12
-    for (int i = 1; i < CHAINS; i++)
-        sum = _mm512_add_ps(sum, acc[i]);
-    sink = _mm512_reduce_add_ps(sum);
-}
 
-AVX512 static void fma_zmm(share *mine)
-{
-    __m512 acc[CHAINS];
-#pragma GCC unroll 12
-    for (int i = 0; i < CHAINS; i++)
-        acc[i] = _mm512_set1_ps(1e-3f * (float)i);
-    __m512 x = _mm512_set1_ps(0.99f);
-    for (long r = 0; r < mine->n_rounds; r++) {
-#pragma GCC unroll 12
-        for (int i = 0; i < CHAINS; i++)
-            acc[i] = _mm512_fmadd_ps(acc[i], x, x);
-        __asm__ volatile("" ::: "memory");
-    }
-    __m512 sum = acc[0];
-#pragma GCC unroll 12
-    for (int i = 1; i < CHAINS; i++)
-        sum = _mm512_add_ps(sum, acc[i]);
-    sink = _mm512_reduce_add_ps(sum);
-}
+#define PAIRS ((__m512bh)_mm512_set1_epi32(0x3c003c01))
+#define DOT_BF16(sum) _mm512_dpbf16_ps(sum, PAIRS, PAIRS)
+#define FMA_ZMM(sum) _mm512_fmadd_ps(sum, _mm512_set1_ps(0.99f), _mm512_set1_ps(0.99f))
+#define FMA_YMM(sum) _mm256_fmadd_ps(sum, _mm256_set1_ps(0.99f), _mm256_set1_ps(0.99f))
 
-AVX2 static void fma_ymm(share *mine)
-{
-    __m256 acc[CHAINS];
-#pragma GCC unroll 12
-    for (int i = 0; i < CHAINS; i++)
-        acc[i] = _mm256_set1_ps(1e-3f * (float)i);
-    __m256 x = _mm256_set1_ps(0.99f);
-    for (long r = 0; r < mine->n_rounds; r++) {
-#pragma GCC unroll 12
-        for (int i = 0; i < CHAINS; i++)
-            acc[i] = _mm256_fmadd_ps(acc[i], x, x);
-        __asm__ volatile("" ::: "memory");
-    }
-    __m256 sum = acc[0];
-#pragma GCC unroll 12
-    for (int i = 1; i < CHAINS; i++)
-        sum = _mm256_add_ps(sum, acc[i]);
-    sink = _mm256_cvtss_f32(sum);
-}
+CHAIN_LOOP(dot_bf16, AVX512BF16, __m512, _mm512_set1_ps, DOT_BF16)
+CHAIN_LOOP(fma_zmm, AVX512, __m512, _mm512_set1_ps, FMA_ZMM)
+CHAIN_LOOP(fma_ymm, AVX2, __m256, _mm256_set1_ps, FMA_YMM)
 
 static double gflops(void (*work)(share *), double flops_per_chain, int n_threads, const int *cpus)
 {

@@ -14,5 +14,7 @@ double roof_read_gbs(const void *buffer, size_t n_bytes, int n_threads, const in
 double roof_copy_gbs(void *to, const void *from, size_t n_bytes, int n_threads, const int *cpus);
 double roof_bf16_gflops(int n_threads, const int *cpus);
 double roof_fp32_avx2_gflops(int n_threads, const int *cpus);
+/* The clock that all figures are taken by. */
+double roof_clock_s(void);
 /* n_bytes of random bytes on huge pages, kept until the process ends; NULL when there is no room. */
 void *roof_buffer(size_t n_bytes);

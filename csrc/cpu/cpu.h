@@ -62,6 +62,7 @@ typedef struct mil_cpu_linear_kernels {
     int32_t max_rows;     /* of a tile: even, <= MIL_CPU_MAX_TILE_ROWS */
     int32_t x_item_bytes; /* 4: x is widened to float32; 2: pairs stay bf16 */
     int32_t x_stride;     /* items from a packed row to the next, > MIL_CPU_KC */
+    int32_t ahead_bytes;  /* how far before its use a stream that only one tile reads is fetched */
     /* n <= MIL_CPU_KC items of one row; an odd n is followed by a zero. */
     void (*pack_x)(void *packed, const uint16_t *x, int32_t n);
     mil_cpu_tile_fn tile32[MIL_CPU_MAX_TILE_ROWS + 1]; /* [rows]; [0] is NULL */

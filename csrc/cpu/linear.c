@@ -12,10 +12,9 @@
 #define PANEL_PAIR_BYTES 128
 /* Columns of one portion when there are many rows: its y stays in the second cache. */
 #define MAX_PORTION_PANELS 16
+#define NOT_TAKEN (-1)
 /* With more tiles than this, the first leaves its widened weights for the others. */
 #define PLAIN_TILES 2
-/* Within a page of where the stream is, so that the processor's own prefetcher goes along. */
-#define STREAM_AHEAD_BYTES 3072
 /* Up to here all packed rows stay in the second cache, and a panel is streamed over its whole K. */
 #define RESIDENT_X_BYTES ((int64_t)512 << 10)
 
@@ -67,7 +66,7 @@ static void panel_block(const mil_cpu_product *p, int32_t thread, int32_t panel,
     bool is_wide = kernels->wide_rows > 0 && p->M > PLAIN_TILES * kernels->wide_rows;
     int32_t n_tiles = mil_cpu_ceil_div(p->M, is_wide ? kernels->wide_rows : kernels->max_rows);
     int32_t step = mil_cpu_ceil_div(PANEL_PAIR_BYTES, n_tiles);
-    const char *fetch = n_tiles == 1 ? (const char *)w + STREAM_AHEAD_BYTES : (const char *)next;
+    const char *fetch = n_tiles == 1 ? (const char *)w + kernels->ahead_bytes : (const char *)next;
     for (int32_t t = 0; t < n_tiles; t++) {
         int32_t row = mil_cpu_tile_begin(p->M, n_tiles, t);
         int32_t rows = mil_cpu_tile_begin(p->M, n_tiles, t + 1) - row;
@@ -81,24 +80,45 @@ static void panel_block(const mil_cpu_product *p, int32_t thread, int32_t panel,
     }
 }
 
-/* Panels [first, end) in the order that keeps what is used again close: one panel over its whole K
- * while all of x stays in the second cache, else one block of K over all panels. */
-static void whole_panels(const mil_cpu_product *p, int32_t thread, int32_t first, int32_t end)
+/* The portion that this thread does after `portion`, taken before that one ends so that its first
+ * block can be fetched; NOT_TAKEN while another thread may still wait for a first one. */
+static int32_t take_ahead(mil_cpu_product *p, int32_t portion)
+{
+    bool are_enough = portion + mil_cpu_n_threads(p->context) < p->n_portions;
+    return are_enough ? take(&p->next_work) : NOT_TAKEN;
+}
+
+/* Block i of panels [first, end) in the order that keeps what is used again close: one panel over
+ * its whole K while all of x stays in the second cache, else one block of K over all panels. */
+static void locate(const mil_cpu_product *p, int32_t first, int32_t end, int32_t i, int32_t *panel,
+                   int32_t *block)
 {
     const mil_cpu_linear_kernels *kernels = p->kernels->linear;
     bool is_resident = p->M <= kernels->max_rows ||
                        (int64_t)p->M * p->K * kernels->x_item_bytes <= RESIDENT_X_BYTES;
-    int32_t n_panels = end - first;
-    int32_t n = n_panels * p->n_blocks;
+    *panel = first + (is_resident ? i / p->n_blocks : i % (end - first));
+    *block = is_resident ? i % p->n_blocks : i / (end - first);
+}
+
+/* Panels [first, end) of a portion; returns take_ahead's answer. */
+static int32_t whole_panels(mil_cpu_product *p, int32_t thread, int32_t portion, int32_t first,
+                            int32_t end)
+{
+    int32_t n = (end - first) * p->n_blocks;
+    int32_t taken = NOT_TAKEN;
     for (int32_t i = 0; i < n; i++) {
-        int32_t after = i + 1 < n ? i + 1 : i;
-        if (is_resident)
-            panel_block(p, thread, first + i / p->n_blocks, i % p->n_blocks,
-                        weight_block(p, first + after / p->n_blocks, after % p->n_blocks));
-        else
-            panel_block(p, thread, first + i % n_panels, i / n_panels,
-                        weight_block(p, first + after % n_panels, after / n_panels));
+        int32_t panel, block, next_panel, next_block;
+        locate(p, first, end, i, &panel, &block);
+        locate(p, first, end, i + 1 < n ? i + 1 : i, &next_panel, &next_block);
+        if (i + 1 == n)
+            taken = take_ahead(p, portion);
+        if (taken != NOT_TAKEN && taken < p->n_portions) {
+            next_panel = taken * p->portion_panels;
+            next_block = 0;
+        }
+        panel_block(p, thread, panel, block, weight_block(p, next_panel, next_block));
     }
+    return taken;
 }
 
 /* The last panel when N is no multiple of 32: y has no room for its padding. */
@@ -139,18 +159,20 @@ static void activate(const mil_cpu_product *p, int32_t begin, int32_t end)
                                   p->y + m * p->ldy + begin, (end - begin) / 2, act->interleave);
 }
 
-static void base_portion(const mil_cpu_product *p, int32_t thread, int32_t portion)
+/* Returns the index of the work to do next, or NOT_TAKEN. */
+static int32_t base_portion(mil_cpu_product *p, int32_t thread, int32_t portion)
 {
     int32_t first = portion * p->portion_panels;
     int32_t end = mil_cpu_smaller(first + p->portion_panels, p->n_panels);
     int32_t whole_end = mil_cpu_smaller(end, p->weight->N / PANEL);
-    whole_panels(p, thread, first, whole_end);
+    int32_t taken = whole_panels(p, thread, portion, first, whole_end);
     if (whole_end < end)
         narrow_panel(p, whole_end);
     if (p->weight->bias != NULL)
         add_bias(p, first * PANEL, mil_cpu_smaller(end * PANEL, p->weight->N));
     if (p->act != NULL && !p->has_expand)
         activate(p, first * PANEL, end * PANEL);
+    return taken;
 }
 
 /* ---- the region ---- */
@@ -158,12 +180,14 @@ static void base_portion(const mil_cpu_product *p, int32_t thread, int32_t porti
 static void base_and_shrink(mil_cpu_product *p, int32_t thread)
 {
     mil_cpu_shrink_cursor at = {0, 0, p->n_portions};
+    int32_t index = take(&p->next_work);
     for (;;) {
-        int32_t index = take(&p->next_work);
+        int32_t taken = NOT_TAKEN;
         if (index < p->n_portions)
-            base_portion(p, thread, index);
+            taken = base_portion(p, thread, index);
         else if (!p->has_shrink || !mil_cpu_shrink_panel(p, &at, index))
             return;
+        index = taken == NOT_TAKEN ? take(&p->next_work) : taken;
     }
 }
 

@@ -1,0 +1,71 @@
+/* What shrink and expand share: tiles of rows over the batch's segments, and where v's partial sums
+ * lie.
+ *
+ * A row's v of one part is n_splits partial sums over K, [n_splits][padded_rank] fp32 within the
+ * part's stretch of v: shrink leaves them, expand adds them in order. n_splits follows from (in,
+ * rank) alone, so that a row's bits depend on neither its batch nor the shape of the launch. */
+#pragma once
+
+#include "kernels/common.cuh"
+
+#define MIL_LORA_TILE_ROWS 16 /* rows of one mma */
+#define MIL_LORA_SPLIT_K 1024 /* K that one block sums: 32 KB of A at rank 16 */
+#define MIL_LORA_V_PART 512   /* floats of a part's stretch of v: the backend's lora_v_rank */
+
+/* A tile: rows lora_rows[first .. first + n_rows) of one adapter. n_rows 0: there is no such tile.
+ */
+struct mil_lora_tile {
+    int32_t adapter_slot;
+    int32_t first;
+    int32_t n_rows;
+};
+
+/* Tile `index` of all segments cut into tiles of tile_rows. Every thread of the warp calls it. */
+static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_batch &batch,
+                                                                   int32_t index, int32_t tile_rows)
+{
+    int lane = threadIdx.x % MIL_WARP;
+    int32_t n_segments = batch.counts->n_segments;
+    int32_t before = 0; /* tiles of the segments before this round's */
+    for (int32_t begin = 0; begin < n_segments; begin += MIL_WARP) {
+        int32_t segment = begin + lane;
+        bool is_there = segment < n_segments;
+        int32_t first = is_there ? batch.segment_indptr[segment] : 0;
+        int32_t end = is_there ? batch.segment_indptr[segment + 1] : 0;
+        int32_t n_tiles = (end - first + tile_rows - 1) / tile_rows;
+        int32_t sum = n_tiles;
+#pragma unroll
+        for (int offset = 1; offset < MIL_WARP; offset *= 2) {
+            int32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
+            sum += lane >= offset ? other : 0;
+        }
+        uint32_t owners = __ballot_sync(0xffffffffu, index < before + sum);
+        if (owners != 0) {
+            int owner = __ffs((int)owners) - 1;
+            int32_t tile = index - before - __shfl_sync(0xffffffffu, sum - n_tiles, owner);
+            first = __shfl_sync(0xffffffffu, first, owner) + tile * tile_rows;
+            end = __shfl_sync(0xffffffffu, end, owner);
+            int32_t slot = batch.segment_adapter[begin + owner];
+            return {slot, first, min(tile_rows, end - first)};
+        }
+        before += __shfl_sync(0xffffffffu, sum, MIL_WARP - 1);
+    }
+    return {0, 0, 0};
+}
+
+/* Most tiles that a launch of these buckets can meet: every segment may leave one tile part full.
+ */
+static inline uint32_t mil_lora_max_tiles(const mil_batch *batch, int32_t n_slots,
+                                          int32_t tile_rows)
+{
+    int32_t n_tokens = batch->header->bucket_tokens;
+    int32_t n_segments = n_tokens < n_slots ? n_tokens : n_slots;
+    return (uint32_t)(n_tokens / tile_rows + n_segments);
+}
+
+static __host__ __device__ __forceinline__ int32_t mil_lora_splits(int32_t in, int32_t padded_rank)
+{
+    int32_t wanted = (in + MIL_LORA_SPLIT_K - 1) / MIL_LORA_SPLIT_K;
+    int32_t most = MIL_LORA_V_PART / padded_rank;
+    return wanted < most ? wanted : most;
+}

@@ -1,0 +1,221 @@
+/* shrink: v[i] = x[lora_rows[i]] A^T for the rows of every adapter in the batch, as partial sums
+ * over K (lora.cuh). x [T, ldx] bf16; A [padded_rank][in] bf16 row-major; fp32 sums on tensor cores
+ * (m16n8k16) for every number of rows. The scale waits for expand.
+ *
+ * Segmented as SGMV is (Chen et al., "Punica", 2023), with K split so that one adapter's A is read
+ * by many blocks. Bound by A's bytes for few rows an adapter; the cost is the sum of real ranks
+ * over the adapters in use. One order of sums: each split is four quarters, each one chain of k16
+ * steps; quarters are added in order, splits by expand. Whether four warps hold a quarter each (few
+ * rows) or one warp runs all four (many rows) does not change a bit. */
+#include "kernels/cuda.h"
+
+#include "kernels/lora.cuh"
+
+#define WARPS 4
+#define THREADS (WARPS * MIL_WARP)
+#define QUARTERS 4
+#define BLOCK_K 32    /* K of one 16-byte load of each lane of a quad: two k16 steps */
+#define RANK_TILE 16  /* two n8 tiles */
+#define AT_ONCE 4     /* K blocks in flight */
+#define MANY_ROWS 512 /* bucket_tokens from which blocks take 64 rows and all of K */
+
+struct shrink_params {
+    mil_batch batch;
+    const mil_lora_module *modules; /* of this layer's first projection, slot 0 */
+    int64_t slot_stride;            /* modules from one slot to the next */
+    int32_t projections[MIL_MAX_PARTS];
+    float *v;
+    int64_t v_stride;
+    const uint16_t *x;
+    int64_t ldx;
+    int32_t n_tokens;
+};
+
+/* 8 elements of a row at k, zeros where they are past the end. in % 8 == 0 keeps loads aligned. */
+static __device__ __forceinline__ uint4 load8(const uint16_t *row, int32_t k, int32_t end,
+                                              bool is_aligned)
+{
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (row == nullptr || k >= end)
+        return v;
+    if (is_aligned)
+        return __ldg((const uint4 *)(row + k));
+    uint16_t item[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        item[i] = k + i < end ? row[k + i] : (uint16_t)0;
+    v.x = item[0] | (uint32_t)item[1] << 16;
+    v.y = item[2] | (uint32_t)item[3] << 16;
+    v.z = item[4] | (uint32_t)item[5] << 16;
+    v.w = item[6] | (uint32_t)item[7] << 16;
+    return v;
+}
+
+/* d[two n8 tiles] = sum over k in [begin, end) of 16 rows of x with 16 of A. A lane's 8 elements
+ * are k = 8 q .. 8 q + 7 of a block, for x and A alike: mma sums over k, so that which k it calls
+ * which does not matter. */
+static __device__ __forceinline__ void sum_range(float (&d)[2][4], const uint16_t *const (&x)[2],
+                                                 const uint16_t *const (&a)[2], int32_t begin,
+                                                 int32_t end, bool is_aligned)
+{
+    int32_t offset = 8 * (int32_t)(threadIdx.x % 4);
+    for (int32_t k = begin; k < end; k += BLOCK_K * AT_ONCE) {
+        uint4 xs[AT_ONCE][2], as[AT_ONCE][2];
+#pragma unroll
+        for (int b = 0; b < AT_ONCE; b++) {
+            int32_t at = k + b * BLOCK_K + offset;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                as[b][h] = load8(a[h], at, end, is_aligned);
+                xs[b][h] = load8(x[h], at, end, is_aligned);
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < AT_ONCE; b++) {
+            if (k + b * BLOCK_K >= end)
+                break;
+            uint32_t first[4] = {xs[b][0].x, xs[b][1].x, xs[b][0].y, xs[b][1].y};
+            uint32_t second[4] = {xs[b][0].z, xs[b][1].z, xs[b][0].w, xs[b][1].w};
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                mil_mma(d[h], first, as[b][h].x, as[b][h].y);
+                mil_mma(d[h], second, as[b][h].z, as[b][h].w);
+            }
+        }
+    }
+}
+
+/* A fragment of sums, 16 rows x 16 of the rank, to v. */
+static __device__ __forceinline__ void store(const shrink_params &p, const mil_lora_tile &tile,
+                                             int32_t part, int32_t split, int32_t padded_rank,
+                                             int32_t rank0, int32_t row0, const float (&d)[2][4])
+{
+    int lane = threadIdx.x % MIL_WARP;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int32_t r = rank0 + 8 * h + 2 * (lane % 4);
+        if (r >= padded_rank)
+            continue;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int32_t row = row0 + lane / 4 + 8 * half;
+            if (row >= tile.n_rows)
+                continue;
+            float *v = p.v + (tile.first + row) * p.v_stride + part * MIL_LORA_V_PART +
+                       split * padded_rank + r;
+            *(float2 *)v = make_float2(d[h][2 * half], d[h][2 * half + 1]);
+        }
+    }
+}
+
+/* Grid: (tiles, parts, splits). has_many: 64 rows a block, 16 a warp; else 16, and the warps share
+ * K.
+ */
+template <bool has_many>
+static __global__ void __launch_bounds__(THREADS) shrink_kernel(shrink_params p)
+{
+    __shared__ float quarters[has_many ? 1 : QUARTERS][2][4][MIL_WARP];
+    int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
+    int32_t part = blockIdx.y, split = blockIdx.z;
+    mil_let_next_start();
+    mil_wait_for_previous();
+    const int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
+    mil_lora_tile tile = mil_lora_tile_find(p.batch, (int32_t)blockIdx.x, tile_rows);
+    int32_t row0 = has_many ? warp * MIL_LORA_TILE_ROWS : 0;
+    if (tile.n_rows == 0)
+        return;
+    const mil_lora_module module =
+        p.modules[tile.adapter_slot * p.slot_stride + p.projections[part]];
+    if (module.rank == 0)
+        return;
+    int32_t in = module.in, padded_rank = module.padded_rank;
+    int32_t n_splits = mil_lora_splits(in, padded_rank);
+    if (split >= n_splits)
+        return;
+    const int32_t unit = QUARTERS * BLOCK_K;
+    int32_t split_k = ((in + n_splits - 1) / n_splits + unit - 1) / unit * unit;
+    int32_t quarter_k = split_k / QUARTERS;
+    bool is_aligned = in % 8 == 0 && p.ldx % 8 == 0;
+    const uint16_t *x[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int32_t row = row0 + lane / 4 + 8 * h;
+        bool is_there = row < tile.n_rows;
+        int32_t t = is_there ? p.batch.lora_rows[tile.first + row] : 0;
+        x[h] = is_there ? p.x + (int64_t)min(max(t, 0), p.n_tokens - 1) * p.ldx : nullptr;
+    }
+    for (int32_t rank0 = 0; rank0 < padded_rank; rank0 += RANK_TILE) {
+        const uint16_t *a[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int32_t r = rank0 + 8 * h + lane / 4;
+            a[h] = r < padded_rank ? (const uint16_t *)module.a + (int64_t)r * in : nullptr;
+        }
+        float sum[2][4] = {};
+#pragma unroll 1
+        for (int q = 0; q < QUARTERS; q++) {
+            if (!has_many && q != warp)
+                continue;
+            float d[2][4] = {};
+            int32_t begin = split * split_k + q * quarter_k;
+            sum_range(d, x, a, begin, min(begin + quarter_k, in), is_aligned);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (has_many)
+                    sum[i / 4][i % 4] += d[i / 4][i % 4];
+                else
+                    quarters[q][i / 4][i % 4][lane] = d[i / 4][i % 4];
+            }
+        }
+        if (has_many) {
+            store(p, tile, part, split, padded_rank, rank0, row0, sum);
+            continue;
+        }
+        __syncthreads();
+        if (warp == 0) {
+#pragma unroll
+            for (int q = 0; q < QUARTERS; q++)
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    sum[i / 4][i % 4] += quarters[q][i / 4][i % 4][lane];
+            store(p, tile, part, split, padded_rank, rank0, 0, sum);
+        }
+        __syncthreads();
+    }
+}
+
+extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_shrink_args *args)
+{
+    const mil_lora_args *lora = &args->lora;
+    int32_t n_tokens = lora->batch->header->bucket_tokens;
+    if (n_tokens == 0 || lora->batch->header->bucket_segments == 0)
+        return MIL_OK;
+    if (lora->v_part_stride != MIL_LORA_V_PART)
+        return mil_fail(MIL_ERR_INTERNAL, "lora_shrink: v_part_stride is %lld, expected %d",
+                        (long long)lora->v_part_stride, MIL_LORA_V_PART);
+    shrink_params p = {};
+    p.batch = *lora->batch;
+    p.modules = lora->table->modules + (int64_t)lora->layer * MIL_N_PROJECTIONS;
+    p.slot_stride = (int64_t)lora->table->n_layers * MIL_N_PROJECTIONS;
+    for (int32_t part = 0; part < lora->n_parts; part++)
+        p.projections[part] = lora->projections[part];
+    p.v = lora->v;
+    p.v_stride = lora->v_stride;
+    p.x = args->x;
+    p.ldx = args->ldx;
+    p.n_tokens = n_tokens;
+    bool has_many = n_tokens >= MANY_ROWS;
+    int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
+    /* A row of x is at least as long as any A's. */
+    dim3 grid(mil_lora_max_tiles(lora->batch, lora->table->n_slots, tile_rows),
+              (uint32_t)lora->n_parts, (uint32_t)mil_lora_splits((int32_t)args->ldx, 1));
+    return mil_launch(context->queue, "lora_shrink",
+                      has_many ? shrink_kernel<true> : shrink_kernel<false>, grid, dim3(THREADS), 0,
+                      p);
+}
+
+extern "C" size_t mil_cuda_lora_workspace(const mil_maxima *maxima)
+{
+    (void)maxima;
+    return 0;
+}

@@ -93,7 +93,8 @@ typedef struct mil_linear_args {
 
 /* LoRA of one linear, over the batch's segments. v: [n_lora_rows, v_stride] float32, row i belongs
  * to lora_rows[i]; part p of the weight uses v[i, p * v_part_stride ...]. v_part_stride >= the
- * largest padded_rank in use, v_stride >= n_parts * v_part_stride. */
+ * largest padded_rank in use, v_stride >= n_parts * v_part_stride. What lies there between shrink
+ * and expand is the backend's affair: the CPU's v, scaled; CUDA's partial sums over K. */
 typedef struct mil_lora_args {
     const mil_batch *batch;
     const mil_lora_table *table;
@@ -105,8 +106,9 @@ typedef struct mil_lora_args {
     int64_t v_part_stride;
 } mil_lora_args;
 
-/* v = scale * (x A^T) for each segment: the product's chain, then one multiply by the scale in
- * fp32. */
+/* v = scale * (x A^T) for each segment, in fp32: the product's sums, then one multiply by the
+ * scale.
+ */
 typedef struct mil_lora_shrink_args {
     mil_lora_args lora;
     const uint16_t *x; /* [T, ldx] bf16 */

@@ -1,11 +1,12 @@
-"""Every test of this room that takes `path` runs on each path of this machine's GPU."""
+"""Every test of this room that takes `path`, and does not say which, runs on each path of this machine's GPU."""
 
 import pytest
 from helpers.cpu_shim import cuda_paths, why_no_cuda
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "path" not in metafunc.fixturenames:
+    asked = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "path" not in metafunc.fixturenames or "path" in asked:
         return
     paths: list[object] = list(cuda_paths())
     if not paths:

@@ -41,7 +41,7 @@ static char *exchange_env(const char *name, const char *value)
     was = was == NULL ? NULL : strdup(was);
     if (value == NULL)
         unsetenv(name);
-    else
+    else if (value != getenv(name))
         setenv(name, value, 1);
     return was;
 }
@@ -57,12 +57,12 @@ static bool is_cuda(const char *isa)
     return strncmp(isa, "cuda", 4) == 0;
 }
 
-/* isa: an instruction set, "cuda" or "cuda-portable". */
+/* isa: an instruction set, "cuda" (what MILPY_CUDA_PATH says) or "cuda-portable". */
 static mil_status find(shim *s, const char *isa)
 {
     mil_context *context = &s->context;
     const char *variable = is_cuda(isa) ? "MILPY_CUDA_PATH" : "MILPY_CPU_ISA";
-    const char *value = strcmp(isa, "cuda") == 0 ? NULL : is_cuda(isa) ? isa + 5 : isa;
+    const char *value = strcmp(isa, "cuda") == 0 ? getenv(variable) : is_cuda(isa) ? isa + 5 : isa;
     char *was = exchange_env(variable, value);
     mil_status status = mil_backend_find(&context->backend, is_cuda(isa) ? "cuda" : "cpu");
     if (status == MIL_OK)
@@ -87,7 +87,8 @@ const char *shim_cuda_paths(void)
     if (find(&s, "cuda") != MIL_OK)
         return "";
     s.context.backend->device->close(s.context.queue);
-    return "cuda cuda-portable";
+    const char *forced = getenv("MILPY_CUDA_PATH");
+    return forced != NULL && forced[0] != '\0' ? "cuda-portable" : "cuda cuda-portable";
 }
 
 /* ---- a context ---- */

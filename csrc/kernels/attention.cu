@@ -2,27 +2,28 @@
  *
  * out[t, n] = sum_j softmax_j(scale * q[t, n] . k[j]) v[j] over the keys that query t sees; softcap
  * and window as backend.h says. out, q: [T, N, D] bf16; pages [page][kv head][row][D] bf16. Scores,
- * running maximum, sum and O are fp32; P is rounded to bf16, and the sum is the tensor cores' sum of
- * those rounded P (a column of ones beside V), so that both halves of the quotient round alike.
+ * running maximum, sum and O are fp32; P is rounded to bf16, and the sum is the tensor cores' sum
+ * of those rounded P (a column of ones beside V), so that both halves of the quotient round alike.
  *
  * A persistent grid walks attention.cuh's list, there and back like a ploughing ox: block b takes
  * items b, 2 G - 1 - b, 2 G + b, ... of G blocks, so that all get equal shares of a list sorted by
  * work. Each block sees one endless stream of tiles of 64 keys, K then V, through a ring in shared
  * memory that is filled RING - 1 tiles ahead, over the ends of items; page ids arrive in it earlier
- * still. Tiles of more than 16 rows: a warp has 16 rows and all keys. Tiles of at most 16 rows (decode
- * rows, tails): warps share the keys of a block for S and the columns of O for P V. Either way an
- * element of S, P or O is the same chain of the same operations, keys ascending: a row's bits depend
- * on its length and on whether its sequence has one query (then its keys may be split), nothing else.
+ * still. Tiles of more than 16 rows: a warp has 16 rows and all keys. Tiles of at most 16 rows
+ * (decode rows, tails): warps share the keys of a block for S and the columns of O for P V. Either
+ * way an element of S, P or O is the same chain of the same operations, keys ascending: a row's
+ * bits depend on its length and on whether its sequence has one query (then its keys may be split),
+ * nothing else.
  *
  * FlashAttention-2: Dao 2023. Bound by tensor cores (prefill) or by bytes of KV (decode). */
 #include "ops/backend.h"
 
 #include "kernels/attention.cuh"
 
-#define N_AHEAD 8           /* blocks and items whose description is kept; a power of two > RING + 1 */
-#define P_STRIDE (64 + 8)   /* an odd number of 16-byte chunks: ldmatrix without bank conflicts */
-#define S_WARPS 4           /* of a small tile: 16 keys each */
-#define ONES 0x3f803f80u    /* two bf16 */
+#define N_AHEAD 8 /* blocks and items whose description is kept; a power of two > RING + 1 */
+#define P_STRIDE (64 + 8) /* an odd number of 16-byte chunks: ldmatrix without bank conflicts */
+#define S_WARPS 4         /* of a small tile: 16 keys each */
+#define ONES 0x3f803f80u  /* two bf16 */
 
 typedef struct attention_params {
     uint16_t *out;
@@ -38,8 +39,8 @@ typedef struct attention_params {
      * clamped: nothing of theirs is used. */
     uint32_t page_mask, last_page, row_bytes, head_bytes, page_bytes;
     int32_t window;
-    /* With softcap, a score is cap_out * tanh of it, and the tanh wants exp2 of cap_in * score. Then
-     * p = exp2(factor * score - maximum). */
+    /* With softcap, a score is cap_out * tanh of it, and the tanh wants exp2 of cap_in * score.
+     * Then p = exp2(factor * score - maximum). */
     float cap_in, cap_out, factor;
 } attention_params;
 
@@ -80,8 +81,8 @@ typedef struct attention_shares {
     uint16_t p[MIL_ATTENTION_ROWS * P_STRIDE];
 } attention_shares;
 
-/* One instance: shared memory is [attention_shared][shares, unless they lie in q][q][ring]. Rows of the
- * ring are padded by 16 bytes (an odd number of chunks); rows of q are not, their chunks are
+/* One instance: shared memory is [attention_shared][shares, unless they lie in q][q][ring]. Rows of
+ * the ring are padded by 16 bytes (an odd number of chunks); rows of q are not, their chunks are
  * swizzled: D 256 must fit the 99 KiB of small chips. */
 template <int D_, int WARPS_, int BLOCKS_, int RING_, bool HAS_Q_>
 struct attention_shape {
@@ -102,7 +103,8 @@ struct attention_shape {
     static constexpr int Q_SHARES = Q + 16 * D * 2; /* behind the 16 rows of a small tile */
     static constexpr int KEY_STEPS = MIL_ATTENTION_BLOCK / 16;
     static constexpr int D_STEPS = D / 16;
-    static constexpr int OWN_STEPS = (D_STEPS + WARPS - 1) / WARPS; /* of O's columns, small tiles */
+    static constexpr int OWN_STEPS =
+        (D_STEPS + WARPS - 1) / WARPS; /* of O's columns, small tiles */
 };
 
 static __device__ __forceinline__ void copy4(void *shared, const void *global)
@@ -122,10 +124,10 @@ static __device__ __forceinline__ uint32_t thread_index()
 
 /* ---- the stream of key blocks ---- */
 
-/* The next item of this block goes to the queue and the cursor to its first key block. Items whose keys
- * all lie before the window keep one block, of zeros. */
-static __device__ __forceinline__ void take_item(const attention_params &p, attention_shared *shared,
-                                                 kv_cursor *at)
+/* The next item of this block goes to the queue and the cursor to its first key block. Items whose
+ * keys all lie before the window keep one block, of zeros. */
+static __device__ __forceinline__ void take_item(const attention_params &p,
+                                                 attention_shared *shared, kv_cursor *at)
 {
     queued_item *queued = &shared->items[at->n_items % N_AHEAD];
     const int64_t turn = at->n_items++, n_blocks = gridDim.x;
@@ -153,8 +155,8 @@ static __device__ __forceinline__ void take_item(const attention_params &p, atte
 }
 
 /* Describe block `index` of the stream and fetch its page ids; by threads 0 to 3, 16 keys each. */
-static __device__ __forceinline__ void look_ahead(const attention_params &p, attention_shared *shared,
-                                                  int32_t index)
+static __device__ __forceinline__ void look_ahead(const attention_params &p,
+                                                  attention_shared *shared, uint32_t index)
 {
     const int32_t i = threadIdx.x;
     kv_block *block = &shared->blocks[index % N_AHEAD];
@@ -168,7 +170,8 @@ static __device__ __forceinline__ void look_ahead(const attention_params &p, att
         copy4(&block->page[i], p.page_table + (int64_t)at.slot * p.max_pages + entry);
     }
     if (i == 0) {
-        *(int4 *)&block->key = make_int4(is_end ? -1 : at.key, at.first, max(at.first, at.end), at.kv_head);
+        *(int4 *)&block->key =
+            make_int4(is_end ? -1 : at.key, at.first, max(at.first, at.end), at.kv_head);
         at.key += is_end ? 0 : MIL_ATTENTION_BLOCK;
         shared->cursor = at;
     }
@@ -176,14 +179,15 @@ static __device__ __forceinline__ void look_ahead(const attention_params &p, att
 }
 
 template <class Shape>
-static __device__ __forceinline__ char *tile_of(char *memory, int32_t tile)
+static __device__ __forceinline__ char *tile_of(char *memory, uint32_t tile)
 {
     return memory + Shape::TILES + tile % Shape::RING * Shape::TILE_BYTES;
 }
 
 /* K or V of block `index` of the stream, tile 2 index (+ 1 if V) of the ring. */
 template <class Shape, bool IS_V>
-static __device__ __forceinline__ void fetch(const attention_params &p, char *memory, int32_t index)
+static __device__ __forceinline__ void fetch(const attention_params &p, char *memory,
+                                             uint32_t index)
 {
     attention_shared *shared = (attention_shared *)memory;
     constexpr int ROWS_AT_ONCE = Shape::THREADS / Shape::CHUNKS;
@@ -194,7 +198,8 @@ static __device__ __forceinline__ void fetch(const attention_params &p, char *me
     const int4 at = *(const int4 *)&block->key;
     if (at.x >= 0 && first_row < ROWS_AT_ONCE) {
         const char *from = (const char *)(IS_V ? p.v : p.k);
-        char *to = tile_of<Shape>(memory, 2 * index + IS_V) + first_row * Shape::STRIDE + 16 * chunk;
+        char *to =
+            tile_of<Shape>(memory, 2 * index + IS_V) + first_row * Shape::STRIDE + 16 * chunk;
         /* No keys where head_dim has no such chunk. */
         const uint32_t n_keys = 8 * chunk < (uint32_t)p.head_dim ? (uint32_t)(at.z - at.y) : 0;
         const uint32_t head_bytes = (uint32_t)at.w * p.head_bytes + 16 * chunk;
@@ -223,24 +228,24 @@ static __device__ __forceinline__ void start_stream(const attention_params &p, c
         if (threadIdx.x == 0)
             shared->cursor = kv_cursor{};
         __syncwarp(0xf);
-        for (int32_t i = 0; i < Shape::RING / 2; i++)
+        for (uint32_t i = 0; i < Shape::RING / 2; i++)
             look_ahead(p, shared, i);
     }
     mil_copy_commit();
     mil_copy_wait<0>();
     __syncthreads();
-    for (int32_t i = 0; i < Shape::RING / 2; i++) {
+    for (uint32_t i = 0; i < Shape::RING / 2; i++) {
         fetch<Shape, false>(p, memory, i);
-        if (i < Shape::RING / 2 - 1)
+        if (i + 1 < Shape::RING / 2)
             fetch<Shape, true>(p, memory, i);
     }
 }
 
-/* Wait for K or V of block `index`. The tile before it has been read by all: another one, RING tiles
- * later in the stream, comes in its place. */
+/* Wait for K or V of block `index`. The tile before it has been read by all: another one, RING
+ * tiles later in the stream, comes in its place. */
 template <class Shape, bool IS_V>
 static __device__ __forceinline__ const char *next_tile(const attention_params &p, char *memory,
-                                                        int32_t index)
+                                                        uint32_t index)
 {
     mil_copy_wait<Shape::RING - 2>();
     __syncthreads();
@@ -259,9 +264,11 @@ static __device__ __forceinline__ void load_q(uint32_t (&q)[Shape::D_STEPS][4],
     const uint16_t *from[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
-        from[i] = p.q + mil_attention_row(&queued->item, queued->kv_head,
-                                          min(row + lane / 4 + 8 * i, last), p.group, p.n_heads) *
-                            p.head_dim + 2 * (lane % 4);
+        from[i] = p.q +
+                  mil_attention_row(&queued->item, queued->kv_head,
+                                    min(row + lane / 4 + 8 * i, last), p.group, p.n_heads) *
+                      p.head_dim +
+                  2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < Shape::D_STEPS; i++)
 #pragma unroll
@@ -280,7 +287,9 @@ static __device__ __forceinline__ void share_q(char *q, const attention_params &
         const int32_t row = i / Shape::CHUNKS, chunk = i % Shape::CHUNKS;
         const int64_t from =
             mil_attention_row(&queued->item, queued->kv_head, min(row, queued->item.n_rows - 1),
-                              p.group, p.n_heads) * p.head_dim + 8 * chunk;
+                              p.group, p.n_heads) *
+                p.head_dim +
+            8 * chunk;
         uint4 bits = make_uint4(0, 0, 0, 0);
         if (8 * chunk < p.head_dim)
             bits = *(const uint4 *)(p.q + from);
@@ -290,8 +299,8 @@ static __device__ __forceinline__ void share_q(char *q, const attention_params &
 
 /* ---- one block of keys ---- */
 
-/* Where a lane points ldmatrix in 16 keys x 16 columns: of its four 8 x 8 matrices the second is the
- * right neighbour (K, whose rows are B's columns) or the one below (V). */
+/* Where a lane points ldmatrix in 16 keys x 16 columns: of its four 8 x 8 matrices the second is
+ * the right neighbour (K, whose rows are B's columns) or the one below (V). */
 template <class Shape>
 static __device__ __forceinline__ uint32_t k_lane()
 {
@@ -331,32 +340,25 @@ static __device__ __forceinline__ void find_scores(float (&s)[N_KEYS / 8][4],
     }
 }
 
-/* What a warp's 16 rows may see; index 0 is the lane's upper row, 1 the one 8 below. */
-typedef struct row_limits {
-    int32_t end[2];   /* keys seen by the lane's rows: end - window <= key < end */
-    int32_t least;    /* of the warp's */
-    int32_t greatest;
-} row_limits;
+/* Keys that a row sees: end - window <= key < end. */
+static __device__ __forceinline__ int32_t end_of(const attention_params &p,
+                                                 const mil_attention_item *item, int32_t row)
+{
+    const uint32_t packed = (uint32_t)(item->first_row + min(row, item->n_rows - 1));
+    return item->past + (int32_t)(packed / (uint32_t)p.group) + 1;
+}
 
 static __device__ __forceinline__ int32_t first_of(const attention_params &p, int32_t end)
 {
     return p.window > 0 ? end - p.window : 0;
 }
 
-static __device__ __forceinline__ row_limits limits_of(const attention_params &p,
-                                                       const mil_attention_item *item, int32_t row)
-{
-    const int32_t lane = threadIdx.x % MIL_WARP;
-    row_limits limits;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int32_t packed = item->first_row + min(row + lane / 4 + 8 * i, item->n_rows - 1);
-        limits.end[i] = item->past + (int32_t)((uint32_t)packed / (uint32_t)p.group) + 1;
-    }
-    limits.least = __shfl_sync(0xffffffffu, limits.end[0], 0);
-    limits.greatest = __shfl_sync(0xffffffffu, limits.end[1], MIL_WARP - 1);
-    return limits;
-}
+/* A warp's 16 rows. Their own ends are worked out again in the few blocks that need them. */
+typedef struct row_limits {
+    const mil_attention_item *item;
+    int32_t row;
+    int32_t least, greatest; /* of end_of */
+} row_limits;
 
 /* cap * tanh(x / cap) in powers of two: 1 - 2 / (e^2y + 1). */
 static __device__ __forceinline__ float cap_score(const attention_params &p, float x)
@@ -379,13 +381,16 @@ static __device__ __forceinline__ void shape_scores(float (&s)[N][4], float (&to
                 s[i][j] = cap_score(p, s[i][j]);
     if (key + 8 * N > limits.least || key < first_of(p, limits.greatest))
 #pragma unroll
-        for (int i = 0; i < N; i++)
+        for (int r = 0; r < 2; r++) {
+            const int32_t row = limits.row + (int32_t)(thread_index() % MIL_WARP) / 4 + 8 * r;
+            const int32_t end = end_of(p, limits.item, row), first = first_of(p, end);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int32_t own = column + 8 * i + j % 2;
-                if (own >= limits.end[j / 2] || own < first_of(p, limits.end[j / 2]))
-                    s[i][j] = -INFINITY;
-            }
+            for (int i = 0; i < N; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+                    if (column + 8 * i + j >= end || column + 8 * i + j < first)
+                        s[i][2 * r + j] = -INFINITY;
+        }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         top[r] = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
@@ -397,7 +402,8 @@ static __device__ __forceinline__ void shape_scores(float (&s)[N][4], float (&to
     }
 }
 
-static __device__ __forceinline__ uint32_t weights(float low, float high, float factor, float maximum)
+static __device__ __forceinline__ uint32_t weights(float low, float high, float factor,
+                                                   float maximum)
 {
     return mil_pack2(mil_exp2(fmaf(low, factor, -maximum)), mil_exp2(fmaf(high, factor, -maximum)));
 }
@@ -450,10 +456,9 @@ find_weights(row_state<Shape> &state, uint32_t (&weight)[Shape::KEY_STEPS][4],
     for (int i = 0; i < Shape::KEY_STEPS; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const float(&from)[4] = s[2 * i + j / 2];
+            const float (&from)[4] = s[2 * i + j / 2];
             const int r = j % 2;
-            weight[i][j] =
-                weights(from[2 * r], from[2 * r + 1], p.factor, state.maximum[r]);
+            weight[i][j] = weights(from[2 * r], from[2 * r + 1], p.factor, state.maximum[r]);
         }
 }
 
@@ -490,8 +495,8 @@ share_weights(row_state<Shape> &state, attention_shares *shares,
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int r = 0; r < 2; r++)
-                *(uint32_t *)&shares->p[(lane / 4 + 8 * r) * P_STRIDE + 16 * warp + 8 * i +
-                                        2 * (lane % 4)] =
+                *(uint32_t *)&shares
+                     ->p[(lane / 4 + 8 * r) * P_STRIDE + 16 * warp + 8 * i + 2 * (lane % 4)] =
                     weights(s[i][2 * r], s[i][2 * r + 1], p.factor, state.maximum[r]);
 }
 
@@ -507,9 +512,8 @@ static __device__ __forceinline__ void add_values(float (&o0)[4], float (&o1)[4]
 }
 
 template <class Shape>
-static __device__ __forceinline__ void add_weights(row_state<Shape> &state,
-                                                   const uint32_t (&weight)[Shape::KEY_STEPS][4],
-                                                   const char *v)
+static __device__ __forceinline__ void
+add_weights(row_state<Shape> &state, const uint32_t (&weight)[Shape::KEY_STEPS][4], const char *v)
 {
     shrink(state);
 #pragma unroll
@@ -523,9 +527,8 @@ static __device__ __forceinline__ void add_weights(row_state<Shape> &state,
 
 /* Columns 16 (warp + d WARPS) on of a small tile, in o[2 d] and o[2 d + 1]. */
 template <class Shape>
-static __device__ __forceinline__ void add_shared_weights(row_state<Shape> &state,
-                                                          const attention_shares *shares,
-                                                          const char *v)
+static __device__ __forceinline__ void
+add_shared_weights(row_state<Shape> &state, const attention_shares *shares, const char *v)
 {
     const int32_t thread = (int32_t)thread_index();
     const int32_t lane = thread % MIL_WARP, warp = thread / MIL_WARP;
@@ -545,7 +548,8 @@ static __device__ __forceinline__ void add_shared_weights(row_state<Shape> &stat
 
 /* ---- results ---- */
 
-/* 16 columns from `column` on of the lane's two rows; a neighbour's half makes each store 8 bytes. */
+/* 16 columns from `column` on of the lane's two rows; a neighbour's half makes each store 8 bytes.
+ */
 static __device__ __forceinline__ void store_results(uint16_t *const (&to)[2], const float (&o0)[4],
                                                      const float (&o1)[4],
                                                      const float (&inverse)[2], int32_t column,
@@ -593,20 +597,20 @@ static __device__ __forceinline__ void finish_rows(const row_state<Shape> &state
         to[r] = own >= queued->item.n_rows
                     ? NULL
                     : p.out + mil_attention_row(&queued->item, queued->kv_head, own, p.group,
-                                                p.n_heads) * p.head_dim;
+                                                p.n_heads) *
+                                  p.head_dim;
     }
 #pragma unroll
     for (int i = 0; i < Shape::D_STEPS; i++)
         store_results(to, state.o[2 * i], state.o[2 * i + 1], inverse, 16 * i, p.head_dim);
 }
 
-/* A tile of at most 16 rows: this warp's columns; and if it is one of several splits, the sum of all
- * splits by the block that ends last. */
+/* A tile of at most 16 rows: this warp's columns; and if it is one of several splits, the sum of
+ * all splits by the block that ends last. */
 template <class Shape>
-static __device__ __forceinline__ void finish_columns(const row_state<Shape> &state,
-                                                      const attention_params &p,
-                                                      attention_shared *shared,
-                                                      const queued_item *queued)
+static __device__ __forceinline__ void
+finish_columns(const row_state<Shape> &state, const attention_params &p, attention_shared *shared,
+               const queued_item *queued)
 {
     const int32_t lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
     const mil_attention_item *item = &queued->item;
@@ -626,8 +630,8 @@ static __device__ __forceinline__ void finish_columns(const row_state<Shape> &st
         if (is_row && is_part)
             part[r] = p.partials.o + at * p.head_dim;
         if (is_row && !is_part)
-            to[r] = p.out + mil_attention_row(item, queued->kv_head, own, p.group, p.n_heads) *
-                                p.head_dim;
+            to[r] = p.out +
+                    mil_attention_row(item, queued->kv_head, own, p.group, p.n_heads) * p.head_dim;
         if (is_row && is_part && warp == 0 && lane % 4 == 0)
             p.partials.sums[at] = make_float2(state.maximum[r], state.sum[2 * r]);
     }
@@ -664,15 +668,16 @@ static __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
     mil_let_next_start();
     start_stream<Shape>(p, memory);
 
-    int32_t index = 0; /* of a block of keys in the stream */
-    for (int32_t n = 0;; n++) {
+    uint32_t index = 0; /* of a block of keys in the stream */
+    for (uint32_t n = 0;; n++) {
         const queued_item *queued = &shared->items[n % N_AHEAD];
         const int32_t n_rows = queued->item.n_rows;
         if (n_rows == 0)
             break;
         const bool is_small = n_rows <= MIL_ATTENTION_ROWS;
         const int32_t row = is_small ? 0 : 16 * warp;
-        const row_limits limits = limits_of(p, &queued->item, row);
+        const row_limits limits = {&queued->item, row, end_of(p, &queued->item, row),
+                                   end_of(p, &queued->item, row + 15)};
         uint32_t q[Shape::D_STEPS][4];
         const char *shared_q =
             memory + Shape::Q + (row + threadIdx.x % 16) * Shape::D * 2; /* this lane's row */
@@ -713,7 +718,8 @@ template <class Shape>
 static mil_status launch(mil_context *context, const attention_params &params, int64_t n_blocks)
 {
     static_assert(Shape::RING + 2 <= N_AHEAD && (Shape::RING & (Shape::RING - 1)) == 0, "ring");
-    static_assert(sizeof(attention_shared) % 16 == 0 && sizeof(attention_shares) % 16 == 0, "align");
+    static_assert(sizeof(attention_shared) % 16 == 0 && sizeof(attention_shares) % 16 == 0,
+                  "align");
     static_assert(!Shape::HAS_Q || Shape::Q_SHARES + sizeof(attention_shares) <= Shape::TILES, "q");
     static_assert(Shape::BYTES <= 99 * 1024, "the smallest chip's shared memory");
     const mil_queue *queue = context->queue;
@@ -727,11 +733,11 @@ static mil_status launch(mil_context *context, const attention_params &params, i
 
 /* Instances: head size, warps (16 rows each), blocks of an SM, tiles in the ring. Rows as
  * mil_attention_tile_rows says. */
-typedef attention_shape<64, 8, 2, 4, false> shape_64;   /* 128 rows: 128 registers suffice */
-typedef attention_shape<80, 6, 2, 4, false> shape_80;   /* 96 rows: 168 registers */
+typedef attention_shape<64, 8, 2, 4, false> shape_64; /* 128 rows: 128 registers suffice */
+typedef attention_shape<80, 6, 2, 4, false> shape_80; /* 96 rows: 168 registers */
 typedef attention_shape<96, 6, 2, 4, false> shape_96;
 typedef attention_shape<128, 6, 2, 4, false> shape_128;
-typedef attention_shape<256, 4, 2, 2, true> shape_256;  /* 64 rows: O alone is 128 registers */
+typedef attention_shape<256, 4, 2, 2, true> shape_256; /* 64 rows: O alone is 128 registers */
 
 static mil_status launch_any(mil_context *context, const attention_params &params, int64_t n_blocks)
 {
@@ -752,16 +758,17 @@ extern "C" mil_status mil_cuda_attention(mil_context *context, const mil_attenti
     const mil_kv *kv = args->kv;
     const float log2e = 1.44269504f;
     if (kv->head_dim % 8 != 0 || kv->head_dim > 256 || args->n_heads % kv->n_kv_heads != 0)
-        return mil_fail(MIL_ERR_UNSUPPORTED,
-                        "attention: head_dim %d with %d heads over %d kv heads, expected a multiple "
-                        "of 8 up to 256 and whole groups",
-                        kv->head_dim, args->n_heads, kv->n_kv_heads);
+        return mil_fail(
+            MIL_ERR_UNSUPPORTED,
+            "attention: head_dim %d with %d heads over %d kv heads, expected a multiple "
+            "of 8 up to 256 and whole groups",
+            kv->head_dim, args->n_heads, kv->n_kv_heads);
     if (kv->page_size < 16 || (kv->page_size & (kv->page_size - 1)) != 0)
         return mil_fail(MIL_ERR_UNSUPPORTED,
                         "attention: page size %d, expected a power of two from 16 on",
                         kv->page_size);
     const mil_attention_places places =
-        mil_attention_place(context->step_data, header->bucket_seqs, header->bucket_tokens,
+        mil_attention_place(context->step_data, context->step_bytes, header->bucket_seqs,
                             args->n_heads, kv->n_kv_heads);
     attention_params params = {};
     params.out = args->out;
@@ -793,5 +800,9 @@ extern "C" mil_status mil_cuda_attention(mil_context *context, const mil_attenti
         params.cap_out = args->softcap * log2e;
         params.factor = 1.0f;
     }
-    return launch_any(context, params, (int64_t)places.max_items * kv->n_kv_heads);
+    const int64_t n_items =
+        mil_attention_most_items(header->bucket_seqs, header->bucket_tokens, params.group,
+                                 mil_attention_tiles(args->n_heads, kv->n_kv_heads),
+                                 mil_attention_max_splits(kv->n_kv_heads));
+    return launch_any(context, params, n_items * kv->n_kv_heads);
 }

@@ -9,9 +9,10 @@
 
 #include "kernels/common.cuh"
 
-#define MIL_ATTENTION_BLOCK 64      /* keys; blocks lie at absolute multiples of it */
-#define MIL_ATTENTION_ROWS 16       /* tiles of at most so many rows are worked on by a whole block */
-#define MIL_ATTENTION_MIN_SPLIT 256 /* keys of the shortest split: 8 kv heads x 1k keys fill 32 SMs */
+#define MIL_ATTENTION_BLOCK 64 /* keys; blocks lie at absolute multiples of it */
+#define MIL_ATTENTION_ROWS 16  /* tiles of at most so many rows are worked on by a whole block */
+#define MIL_ATTENTION_MIN_SPLIT                                                                    \
+    256 /* keys of the shortest split: 8 kv heads x 1k keys fill 32 SMs */
 #define MIL_ATTENTION_HEADER_BYTES 256
 /* Where the running maximum starts: finite, so that maximum minus maximum is never NaN. */
 #define MIL_ATTENTION_NO_MAXIMUM (-1e30f)
@@ -29,7 +30,7 @@ typedef struct mil_attention_item {
     int32_t counter; /* of a tile, before kv heads */
 } mil_attention_item;
 
-/* step_data from its start: header, items, counters (zero between kernels). */
+/* step_data from its start: header, counters (zero between kernels), items. */
 typedef struct mil_attention_list {
     int32_t n_items;
 } mil_attention_list;
@@ -40,7 +41,6 @@ typedef struct mil_attention_places {
     int32_t *counters;         /* [n_counters]: splits of a tile and kv head that are done */
     int32_t max_items;
     int32_t n_counters;
-    size_t n_bytes;
 } mil_attention_places;
 
 /* Partial results in the workspace, row (place + split) * N + head. */
@@ -53,7 +53,8 @@ typedef struct mil_attention_partials {
 /* ---- sizes, on the host ---- */
 
 /* Packed rows of a prefill tile of the portable path. 16 rows of a warp: more would spill at D 128,
- * and fewer warps would hide less. 96 rows let two blocks of six warps have 168 registers a thread. */
+ * and fewer warps would hide less. 96 rows let two blocks of six warps have 168 registers a thread.
+ */
 static inline int32_t mil_attention_tile_rows(int32_t head_dim)
 {
     return head_dim <= 64 ? 128 : head_dim <= 128 ? 96 : 64;
@@ -68,28 +69,36 @@ static inline int32_t mil_attention_max_splits(int32_t n_kv_heads)
     return n;
 }
 
-static inline mil_attention_places mil_attention_place(void *step_data, int32_t n_seqs,
-                                                       int32_t n_tokens, int32_t n_heads,
+static inline int32_t mil_attention_tiles(int32_t n_heads, int32_t n_kv_heads)
+{
+    const int32_t group = (n_heads + n_kv_heads - 1) / n_kv_heads;
+    return (group + MIL_ATTENTION_ROWS - 1) / MIL_ATTENTION_ROWS;
+}
+
+/* Items at most: whole tiles of 64 rows or more, a last one of each sequence, splits of decode
+ * rows.
+ */
+static inline int64_t mil_attention_most_items(int64_t n_seqs, int64_t n_tokens, int64_t group,
+                                               int64_t n_tiles, int64_t n_splits)
+{
+    return (n_tokens * group + 63) / 64 + n_seqs * (1 + n_tiles * n_splits);
+}
+
+/* The counters of so many sequences, and items to the end of step_data. */
+static inline mil_attention_places mil_attention_place(void *step_data, size_t step_bytes,
+                                                       int32_t n_seqs, int32_t n_heads,
                                                        int32_t n_kv_heads)
 {
     mil_attention_places places = {};
-    const int64_t group = (n_heads + n_kv_heads - 1) / n_kv_heads;
-    const int64_t n_tiles = (group + MIL_ATTENTION_ROWS - 1) / MIL_ATTENTION_ROWS;
-    /* Whole tiles of at least 64 rows, a last one of each sequence, and the splits of decode rows. */
-    const int64_t n_items =
-        (n_tokens * group + 63) / 64 +
-        n_seqs * (1 + n_tiles * (int64_t)mil_attention_max_splits(n_kv_heads));
-    const size_t item_bytes = mil_round_up((size_t)n_items * sizeof(mil_attention_item), 256);
-    char *at = (char *)step_data;
-    places.max_items = (int32_t)n_items;
-    places.n_counters = (int32_t)(n_seqs * n_tiles * n_kv_heads);
-    places.n_bytes = MIL_ATTENTION_HEADER_BYTES + item_bytes +
-                     mil_round_up((size_t)places.n_counters * sizeof(int32_t), 256);
-    if (at != NULL) {
-        places.list = (mil_attention_list *)at;
-        places.items = (mil_attention_item *)(at + MIL_ATTENTION_HEADER_BYTES);
-        places.counters = (int32_t *)(at + MIL_ATTENTION_HEADER_BYTES + item_bytes);
-    }
+    const int32_t n_counters = n_seqs * mil_attention_tiles(n_heads, n_kv_heads) * n_kv_heads;
+    const size_t begin =
+        MIL_ATTENTION_HEADER_BYTES + mil_round_up((size_t)n_counters * sizeof(int32_t), 256);
+    const size_t n = step_bytes > begin ? (step_bytes - begin) / sizeof(mil_attention_item) : 0;
+    places.list = (mil_attention_list *)step_data;
+    places.counters = (int32_t *)((char *)step_data + MIL_ATTENTION_HEADER_BYTES);
+    places.items = (mil_attention_item *)((char *)step_data + begin);
+    places.n_counters = n_counters;
+    places.max_items = n > INT32_MAX ? INT32_MAX : (int32_t)n;
     return places;
 }
 
@@ -178,7 +187,7 @@ static __device__ __forceinline__ void mil_attention_merge(uint16_t *out,
             o.w = fmaf(weight, v.w, o.w);
         }
         const float inverse = 1.0f / sum;
-        *(uint2 *)(out + column) =
-            make_uint2(mil_pack2(o.x * inverse, o.y * inverse), mil_pack2(o.z * inverse, o.w * inverse));
+        *(uint2 *)(out + column) = make_uint2(mil_pack2(o.x * inverse, o.y * inverse),
+                                              mil_pack2(o.z * inverse, o.w * inverse));
     }
 }

@@ -1,11 +1,12 @@
 /* Attention's list of work, made on the device once a step for all layers.
  *
  * Reads counts, query_indptr, kv_lengths and seq_slot of the batch; writes attention.cuh's list to
- * step_data: for each sequence either tiles of packed rows (several queries) or, for one query, tiles
- * times splits of its keys. A split has MIL_ATTENTION_MIN_SPLIT keys, doubled until the row has no
- * more than mil_attention_max_splits of them: a function of the row's length alone. Items are sorted
- * by their number of key blocks, longest first (to a quarter of an octave; the order inside a class
- * is left to integer atomics and reaches no result). One block; bound by latency, some 10 us. */
+ * step_data: for each sequence either tiles of packed rows (several queries) or, for one query,
+ * tiles times splits of its keys. A split has MIL_ATTENTION_MIN_SPLIT keys, doubled until the row
+ * has no more than mil_attention_max_splits of them: a function of the row's length alone. Items
+ * are sorted by their number of key blocks, longest first (to a quarter of an octave; the order
+ * inside a class is left to integer atomics and reaches no result). One block; bound by latency,
+ * some 10 us. */
 #include "ops/backend.h"
 
 #include "kernels/attention.cuh"
@@ -82,7 +83,8 @@ static __device__ plan_sequence sequence_of(const plan_params &p, int32_t s, int
     if (s >= n_seqs)
         return sequence;
     sequence.token = clamp(p.query_indptr[s], 0, p.bucket_tokens);
-    sequence.query_length = clamp(p.query_indptr[s + 1], sequence.token, p.bucket_tokens) - sequence.token;
+    sequence.query_length =
+        clamp(p.query_indptr[s + 1], sequence.token, p.bucket_tokens) - sequence.token;
     sequence.kv_length = max(min(p.kv_lengths[s], p.max_keys), sequence.query_length);
     sequence.slot = clamp(p.seq_slot[s], 0, p.n_slots - 1);
     sequence.counter = s * p.n_tiles;
@@ -217,20 +219,30 @@ static __global__ void __launch_bounds__(THREADS) plan_kernel(const __grid_const
         p.places.list->n_items = min(n_items, p.places.max_items);
 }
 
-size_t mil_cuda_attention_step_bytes(const mil_maxima *maxima)
+/* Splits of a row of the longest length. */
+static int64_t most_splits(const mil_maxima *maxima, int64_t n_splits)
 {
-    return mil_attention_place(NULL, maxima->max_seqs, maxima->max_tokens, maxima->n_heads,
-                               maxima->n_kv_heads)
-        .n_bytes;
+    const int64_t n =
+        (maxima->max_position + MIL_ATTENTION_MIN_SPLIT - 1) / MIL_ATTENTION_MIN_SPLIT;
+    return n < n_splits ? n : n_splits;
 }
 
-size_t mil_cuda_attention_workspace(const mil_maxima *maxima)
+/* For any number of kv heads up to that of maxima: sizes grow with each of them. */
+extern "C" size_t mil_cuda_attention_step_bytes(const mil_maxima *maxima)
 {
-    int64_t n_splits = mil_attention_max_splits(maxima->n_kv_heads);
-    const int64_t n_at_most =
-        (maxima->max_position + MIL_ATTENTION_MIN_SPLIT - 1) / MIL_ATTENTION_MIN_SPLIT;
-    if (n_splits > n_at_most)
-        n_splits = n_at_most;
+    const size_t n_seqs = (size_t)maxima->max_seqs, n_heads = (size_t)maxima->n_heads;
+    const int64_t n_items = mil_attention_most_items(
+        maxima->max_seqs, maxima->max_tokens, maxima->n_heads,
+        mil_attention_tiles(maxima->n_heads, 1), most_splits(maxima, mil_attention_max_splits(1)));
+    /* Tiles of a group times kv heads: never more than heads. */
+    return mil_round_up(MIL_ATTENTION_HEADER_BYTES + 256 + n_seqs * n_heads * sizeof(int32_t) +
+                            (size_t)n_items * sizeof(mil_attention_item),
+                        256);
+}
+
+extern "C" size_t mil_cuda_attention_workspace(const mil_maxima *maxima)
+{
+    const int64_t n_splits = most_splits(maxima, mil_attention_max_splits(maxima->n_kv_heads));
     if (n_splits <= 1)
         return 256;
     return mil_round_up((size_t)(maxima->max_seqs * n_splits) *
@@ -239,7 +251,7 @@ size_t mil_cuda_attention_workspace(const mil_maxima *maxima)
                         256);
 }
 
-mil_status mil_cuda_attention_plan(mil_context *context, const mil_begin_args *args)
+extern "C" mil_status mil_cuda_attention_plan(mil_context *context, const mil_begin_args *args)
 {
     const mil_plan_header *header = args->batch->header;
     const mil_kv *kv = args->kv;
@@ -249,18 +261,19 @@ mil_status mil_cuda_attention_plan(mil_context *context, const mil_begin_args *a
     p.query_indptr = args->batch->query_indptr;
     p.kv_lengths = args->batch->kv_lengths;
     p.seq_slot = args->batch->seq_slot;
-    p.places = mil_attention_place(context->step_data, header->bucket_seqs, header->bucket_tokens,
+    p.places = mil_attention_place(context->step_data, context->step_bytes, header->bucket_seqs,
                                    args->n_heads, kv->n_kv_heads);
-    if (p.places.n_bytes > context->step_bytes)
-        return mil_fail(MIL_ERR_INTERNAL, "attention: step_data has %zu bytes, expected %zu",
-                        context->step_bytes, p.places.n_bytes);
+    if (p.places.max_items < 1)
+        return mil_fail(MIL_ERR_INTERNAL,
+                        "attention: found %zu bytes of step data, expected room for %d sequences",
+                        context->step_bytes, header->bucket_seqs);
     p.n_places = mil_attention_partials_in(context->workspace, context->workspace_bytes,
                                            args->n_heads, kv->head_dim)
                      .n_places;
     p.bucket_seqs = header->bucket_seqs;
     p.bucket_tokens = header->bucket_tokens;
     p.group = args->n_heads / kv->n_kv_heads;
-    p.n_tiles = (p.group + MIL_ATTENTION_ROWS - 1) / MIL_ATTENTION_ROWS;
+    p.n_tiles = mil_attention_tiles(args->n_heads, kv->n_kv_heads);
     p.tile_rows = mil_attention_tile_rows(kv->head_dim);
     p.max_splits = mil_attention_max_splits(kv->n_kv_heads);
     p.max_keys = max_keys > INT32_MAX / 2 ? INT32_MAX / 2 : (int32_t)max_keys;

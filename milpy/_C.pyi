@@ -29,6 +29,10 @@ _StepItem: TypeAlias = (
     | tuple[Seq, ArrayLike | None, int, ArrayLike, bool]
 )
 
+class _DeviceReport(TypedDict):
+    memory_bytes: int
+    memory_free_bytes: int
+
 class _MachineReport(TypedDict):
     isa: str
     isa_available: str
@@ -66,6 +70,8 @@ class _EngineStats(TypedDict):
 def machine_report() -> _MachineReport: ...
 def memory_held() -> int: ...
 def memory_calls() -> int: ...
+def device_report(device: str, /) -> _DeviceReport: ...
+def add_library_dir(directory: str, /) -> None: ...
 
 @final
 class Progress:

@@ -42,6 +42,7 @@ def _lines(problems: list[str]) -> Iterator[Line]:
     found = [f"{name} {_version(name)}" for name in CHECKOUT_PACKAGES if _version(name)]
     yield "for tests", ", ".join(found) or "none of " + ", ".join(CHECKOUT_PACKAGES)
     yield "gpu", _gpu()
+    yield "cuda", _cuda()
     yield "demo model", _demo()
     yield "environment", _environment()
 
@@ -97,8 +98,22 @@ def _version(package: str) -> str | None:
 
 def _gpu() -> str:
     devices = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
-    found = f"found {', '.join(devices)}" if devices else "found none"
-    return f"{found}; no CUDA backend in this build: the CPU will be used"
+    return ", ".join(devices) if devices else "found no /dev/nvidia0"
+
+
+def _cuda() -> str:
+    """Whether the CUDA backend will be used, and why not."""
+    try:
+        from milpy import _C, wheels  # noqa: PLC0415 - its absence was told before
+    except ImportError:
+        return "not used: no extension"
+    wheels.add_library_dirs()
+    try:
+        report = _C.device_report("cuda")
+    except MilpyError as problem:
+        return f"not used: {problem}"
+    total, free = report["memory_bytes"] / 2**30, report["memory_free_bytes"] / 2**30
+    return f"will be used; {free:.1f} GiB of {total:.1f} GiB are free"
 
 
 def _demo() -> str:
@@ -109,5 +124,8 @@ def _demo() -> str:
 
 def _environment() -> str:
     """Variables that change what milpy does."""
-    names = ("MILPY_CPU_ISA", "MILPY_POISON", "HF_HOME", "HF_HUB_OFFLINE")
+    names = (
+        "MILPY_CPU_ISA", "MILPY_CUDA_PATH", "MILPY_CUDA_PDL", "MILPY_CUBLASLT", "CUDA_HOME",
+        "CUDA_VISIBLE_DEVICES", "MILPY_POISON", "HF_HOME", "HF_HUB_OFFLINE",
+    )  # fmt: skip
     return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "-"

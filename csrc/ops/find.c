@@ -1,4 +1,6 @@
 /* The one place that knows which backends a build has. */
+#include "ops/find.h"
+
 #include "ops/backend.h"
 
 #include <string.h>
@@ -13,5 +15,14 @@ mil_status mil_backend_find(const mil_backend **out, const char *device)
     return mil_cuda_backend_find(out);
 #else
     return mil_fail(MIL_ERR_DEVICE, "this build has no CUDA (MILPY_CUDA=0 or no nvcc found)");
+#endif
+}
+
+void mil_backend_add_library_dir(const char *dir)
+{
+#ifdef MIL_WITH_CUDA
+    mil_cuda_add_library_dir(dir);
+#else
+    (void)dir;
 #endif
 }

@@ -1,6 +1,7 @@
 /* milpy._C: the extension's module object. Types live in a file each. */
 #define MIL_IMPORTS_NUMPY
 #include "python/convert.h"
+#include "python/device.h"
 
 #include "base/memory.h"
 
@@ -40,6 +41,11 @@ static PyMethodDef methods[] = {
     {"memory_held", memory_held, METH_NOARGS, "Bytes that the C core now holds."},
     {"memory_calls", memory_calls, METH_NOARGS,
      "Allocations of the C core since the process began."},
+    {"device_report", mil_py_device_report, METH_O,
+     "What the first device of a backend (\"cpu\", \"cuda\") offers: memory_bytes,\n"
+     "memory_free_bytes. Raises EngineError, which says what is missing."},
+    {"add_library_dir", mil_py_add_library_dir, METH_O,
+     "One more directory to find NVIDIA's libraries in, before a model is made."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,0 +1,7 @@
+/* Functions of the module about devices. */
+#pragma once
+
+#include "python/state.h"
+
+PyObject *mil_py_device_report(PyObject *module, PyObject *name);
+PyObject *mil_py_add_library_dir(PyObject *module, PyObject *path);

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Top to bottom. cpu stands outside: it implements ops/backend.h, and nobody includes it.
+# Top to bottom. The backends stand outside: they implement ops/backend.h, and nobody includes them.
 ROOMS = ["python", "engine", "scheduler", "model", "layers", "loader", "comm", "ops", "base"]
 BACKENDS = ["cpu", "kernels"]
+SOURCES = ["*.[ch]", "*.cu", "*.cuh"]
 CODE_RUNNING_MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CODE_RUNNING_CALLS = {"eval", "exec", "torch.load"}
 
@@ -45,7 +46,7 @@ def room_of(path: str) -> str:
 
 def check_includes() -> Iterator[str]:
     csrc = ROOT / "csrc"
-    for path in sorted(csrc.rglob("*.[ch]")):
+    for path in sorted(path for kind in SOURCES for path in csrc.rglob(kind)):
         room = room_of(str(path.relative_to(csrc)))
         if room not in [*ROOMS, *BACKENDS, "milpy.h"]:
             yield f"{path}: found room {room!r}, expected one of {ROOMS + BACKENDS}"
@@ -57,18 +58,39 @@ def check_includes() -> Iterator[str]:
                 yield f"{path}: {room} includes {found}, expected includes downwards only"
 
 
+def cuda_include() -> str:
+    """The toolkit's headers, "" where there is none."""
+    found = subprocess.run(
+        ["sh", str(ROOT / "tools/find_cuda.sh"), "1"], capture_output=True, text=True
+    ).stdout.split()
+    return found[1] if len(found) == 3 else ""
+
+
 def check_headers_alone() -> Iterator[str]:
-    """As C11, and as C++17 where there is a C++ compiler: nvcc reads them so."""
+    """As C11, and as C++17 where there is a C++ compiler: nvcc reads them so. The CUDA backend's
+    only where CUDA's own headers are."""
+    cuda = cuda_include()
     languages = [[os.environ.get("CC", "cc"), "-x", "c", "-std=c11"]]
     if shutil.which("c++"):
         languages.append(["c++", "-x", "c++", "-std=c++17"])
     for path in sorted((ROOT / "csrc").rglob("*.h")):
-        if room_of(str(path.relative_to(ROOT / "csrc"))) in ("python", "cpu"):
+        room = room_of(str(path.relative_to(ROOT / "csrc")))
+        if room in ("python", "cpu") or (room == "kernels" and not cuda):
             continue
+        include = ["-isystem", cuda] if room == "kernels" else []
         for language in languages:
             # Through an include, since `#pragma once` warns in a main file.
             done = subprocess.run(
-                [*language, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{ROOT}/csrc", "-"],
+                [
+                    *language,
+                    "-Wall",
+                    "-Wextra",
+                    "-Werror",
+                    "-fsyntax-only",
+                    f"-I{ROOT}/csrc",
+                    *include,
+                    "-",
+                ],
                 input=f'#include "{path}"\n',
                 capture_output=True,
                 text=True,

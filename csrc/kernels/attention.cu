@@ -356,8 +356,7 @@ static __device__ __forceinline__ int32_t first_of(const attention_params &p, in
 /* A warp's 16 rows. Their own ends are worked out again in the few blocks that need them. */
 typedef struct row_limits {
     const mil_attention_item *item;
-    int32_t row;
-    int32_t least, greatest; /* of end_of */
+    int32_t least, greatest; /* of end_of; greatest is 0 where the tile has no such rows */
 } row_limits;
 
 /* cap * tanh(x / cap) in powers of two: 1 - 2 / (e^2y + 1). */
@@ -368,9 +367,9 @@ static __device__ __forceinline__ float cap_score(const attention_params &p, flo
 
 /* Cap, mask, and the largest of each row, times factor. `key` is the first of s. */
 template <int N>
-static __device__ __forceinline__ void shape_scores(float (&s)[N][4], float (&top)[2],
-                                                    const attention_params &p,
-                                                    const row_limits &limits, int32_t key)
+static __device__ __forceinline__ void
+shape_scores(float (&s)[N][4], float (&top)[2], const attention_params &p, const row_limits &limits,
+             int32_t row, int32_t key)
 {
     const int32_t column = key + 2 * (int32_t)(thread_index() % 4);
     if (p.cap_out != 0.0f)
@@ -382,8 +381,8 @@ static __device__ __forceinline__ void shape_scores(float (&s)[N][4], float (&to
     if (key + 8 * N > limits.least || key < first_of(p, limits.greatest))
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int32_t row = limits.row + (int32_t)(thread_index() % MIL_WARP) / 4 + 8 * r;
-            const int32_t end = end_of(p, limits.item, row), first = first_of(p, end);
+            const int32_t own = row + (int32_t)(thread_index() % MIL_WARP) / 4 + 8 * r;
+            const int32_t end = end_of(p, limits.item, own), first = first_of(p, end);
 #pragma unroll
             for (int i = 0; i < N; i++)
 #pragma unroll
@@ -449,7 +448,7 @@ find_weights(row_state<Shape> &state, uint32_t (&weight)[Shape::KEY_STEPS][4],
 {
     float s[MIL_ATTENTION_BLOCK / 8][4], top[2];
     find_scores<Shape, MIL_ATTENTION_BLOCK>(s, q, shared_q, k);
-    shape_scores(s, top, p, limits, key);
+    shape_scores(s, top, p, limits, (int32_t)thread_index() / MIL_WARP * 16, key);
     raise(state, 0, top[0]);
     raise(state, 1, top[1]);
 #pragma unroll
@@ -475,7 +474,7 @@ share_weights(row_state<Shape> &state, attention_shares *shares,
     if (warp < S_WARPS) {
         float top[2];
         find_scores<Shape, 16>(s, q, shared_q, k + warp * 16 * Shape::STRIDE);
-        shape_scores(s, top, p, limits, key + 16 * warp);
+        shape_scores(s, top, p, limits, 0, key + 16 * warp);
         if (lane % 4 == 0) {
             shares->maximum[warp][lane / 4] = top[0];
             shares->maximum[warp][lane / 4 + 8] = top[1];
@@ -676,8 +675,8 @@ static __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
             break;
         const bool is_small = n_rows <= MIL_ATTENTION_ROWS;
         const int32_t row = is_small ? 0 : 16 * warp;
-        const row_limits limits = {&queued->item, row, end_of(p, &queued->item, row),
-                                   end_of(p, &queued->item, row + 15)};
+        const row_limits limits = {&queued->item, end_of(p, &queued->item, row),
+                                   row < n_rows ? end_of(p, &queued->item, row + 15) : 0};
         uint32_t q[Shape::D_STEPS][4];
         const char *shared_q =
             memory + Shape::Q + (row + threadIdx.x % 16) * Shape::D * 2; /* this lane's row */
@@ -689,13 +688,12 @@ static __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
         }
         row_state<Shape> state = {};
         state.maximum[0] = state.maximum[1] = MIL_ATTENTION_NO_MAXIMUM;
-        const int32_t end = queued->item.key_end;
-        for (int32_t key = queued->key; key < end; key += MIL_ATTENTION_BLOCK) {
+        for (int32_t key = queued->key; key < queued->item.key_end; key += MIL_ATTENTION_BLOCK) {
             uint32_t weight[Shape::KEY_STEPS][4];
             const char *k = next_tile<Shape, false>(p, memory, index) + k_lane<Shape>();
             const bool has_work =
-                is_small || (row < n_rows && key < limits.greatest &&
-                             key + MIL_ATTENTION_BLOCK > first_of(p, limits.least));
+                is_small ||
+                (key < limits.greatest && key + MIL_ATTENTION_BLOCK > first_of(p, limits.least));
             if (is_small)
                 share_weights(state, shares, q, p, limits, shared_q, k, key);
             else if (has_work)
@@ -709,7 +707,7 @@ static __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
         }
         if (is_small)
             finish_columns(state, p, shared, queued);
-        else if (row < n_rows)
+        else if (limits.greatest > 0)
             finish_rows(state, p, queued, row);
     }
 }

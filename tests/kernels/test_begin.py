@@ -121,10 +121,10 @@ def test_of_two_commands_the_later_one_holds(path: str) -> None:
     slots, indices, pages = rng.integers(0, 5, n), rng.integers(0, 9, n), rng.integers(0, 99, n)
     page_sets = [(int(s), int(i), int(p)) for s, i, p in zip(slots, indices, pages)]  # noqa: B905
     slot_sets = [(int(s), i, sampling(i)) for i, s in enumerate(slots[:290])]
-    adapter_sets = [(0, 1), (1, 0), (0, -1), (2, 2), (1, 2), (2, 1)]
+    adapter_sets = [(i * 7 % 5, i * 3 % 4 - 1) for i in range(60)]
     contents = modules(3 * 14, 100)
     with Shim(path) as shim:
-        begun = shim.begin(batch, slot_sets, page_sets, adapter_sets, contents, modules(42), 2)
+        begun = shim.begin(batch, slot_sets, page_sets, adapter_sets, contents, modules(70), 2)
     want = batch.page_table.copy()
     for slot, index, page in page_sets:
         want[slot, index] = page
@@ -133,8 +133,12 @@ def test_of_two_commands_the_later_one_holds(path: str) -> None:
     for slot, i in last_set.items():
         assert begun.adapter_slot[slot] == i and begun.last_token[slot] == 0
         assert bytes(begun.sampling[slot]) == bytes(sampling(i))
-    blank = [LoraModule()] * 14
-    assert values(begun.modules) == values(blank + contents[28:] + contents[14:28])
+    of_slot = dict(adapter_sets)
+    wanted: list[LoraModule] = []
+    for slot in range(5):
+        content = of_slot[slot]
+        wanted += contents[content * 14 :][:14] if content >= 0 else [LoraModule()] * 14
+    assert values(begun.modules) == values(wanted)
 
 
 @paths

@@ -235,8 +235,9 @@ static inline void mil_cpu_share(int64_t n, int32_t thread, int32_t n_threads, i
 /* Packing slots get no context, so each instruction set has its own: mil_cpu_pack_avx2 and so on.
  */
 #define MIL_CPU_DECLARE_PACK(isa)                                                                  \
-    void mil_cpu_pack_##isa(mil_weight *weight, int32_t part, int32_t row, int32_t n_rows,         \
-                            const void *src, mil_dtype dtype, int64_t src_stride);                 \
+    mil_status mil_cpu_pack_##isa(struct mil_queue *queue, mil_weight *weight, int32_t part,       \
+                                  int32_t row, int32_t n_rows, void *src, mil_dtype dtype,         \
+                                  int64_t src_stride);                                             \
     void mil_cpu_lora_pack_a_##isa(void *packed, const uint16_t *a, int64_t stride, int32_t rank,  \
                                    int32_t in);                                                    \
     void mil_cpu_lora_pack_b_##isa(void *packed, const uint16_t *b, int64_t stride, int32_t out,   \

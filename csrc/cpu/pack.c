@@ -72,11 +72,14 @@ static void pack_lora(const mil_cpu_pack_kernels *kernels, void *packed, const u
 }
 
 #define SLOTS(isa)                                                                                 \
-    void mil_cpu_pack_##isa(mil_weight *weight, int32_t part, int32_t row, int32_t n_rows,         \
-                            const void *src, mil_dtype dtype, int64_t src_stride)                  \
+    mil_status mil_cpu_pack_##isa(struct mil_queue *queue, mil_weight *weight, int32_t part,       \
+                                  int32_t row, int32_t n_rows, void *src, mil_dtype dtype,         \
+                                  int64_t src_stride)                                              \
     {                                                                                              \
+        (void)queue;                                                                               \
         pack_weight(&mil_cpu_pack_kernels_##isa, weight, part, row, n_rows, src, dtype,            \
                     src_stride);                                                                   \
+        return MIL_OK;                                                                             \
     }                                                                                              \
     void mil_cpu_lora_pack_a_##isa(void *packed, const uint16_t *a, int64_t stride, int32_t rank,  \
                                    int32_t in)                                                     \

@@ -19,6 +19,13 @@ mil_status mil_cuda_enter(const mil_queue *queue, int32_t *was) MIL_WARN_UNUSED;
 /* Put `was` back; returns status. */
 mil_status mil_cuda_leave(const mil_queue *queue, int32_t was, mil_status status) MIL_WARN_UNUSED;
 
+/* mil_backend's pack and pack_dummy. */
+mil_status mil_cuda_pack(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,
+                         int32_t n_rows, void *src, mil_dtype dtype, int64_t src_stride);
+mil_status mil_cuda_pack_dummy(struct mil_queue *queue, mil_weight *weight, int32_t part,
+                               int32_t row, int32_t n_rows, uint64_t stream, uint64_t begin,
+                               int64_t stride);
+
 /* n 16-bit words of device memory, 2-byte aligned, on the queue's stream. */
 mil_status mil_cuda_fill_16(mil_queue *queue, void *device, uint16_t word, size_t n);
 /* The architecture that the kernels now loaded were written for, as PTX counts: 80, 90. */

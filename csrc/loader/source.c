@@ -336,6 +336,7 @@ mil_status mil_source_find(const mil_source *source, const char *name, int64_t r
                                .rows = rows,
                                .cols = cols,
                                .row_bytes = (size_t)cols * mil_dtype_bytes(found->dtype),
+                               .begin = found->begin,
                                .index = (int32_t)(found - source->entries)};
     return MIL_OK;
 }

@@ -22,6 +22,7 @@ typedef struct mil_source_tensor {
     mil_dtype dtype; /* float32, bfloat16 or float16 */
     int64_t rows, cols;
     size_t row_bytes;
+    uint64_t begin;  /* of its bytes in the file; dummy: 0 */
     int32_t index;   /* into the source's own table; dummy: -1 */
     bool is_ones;    /* dummy: a norm */
     uint64_t stream; /* dummy */

@@ -80,15 +80,18 @@ static mil_status load_weights(mil_model *model, const mil_source *source, mil_p
                                uint64_t n_bytes)
 {
     mil_loader *loader = NULL;
-    mil_status status =
-        mil_loader_create(&loader, source, model->backend, model->n_threads, progress);
+    /* Ranks on devices of their own need a loader each; there is one such rank so far. */
+    mil_status status = mil_loader_create(&loader, source, model->backend, model->ranks[0].queue,
+                                          model->n_threads, progress);
     if (status != MIL_OK)
         return status;
-    mil_loader_set_total(loader, n_bytes);
+    mil_loader_begin(loader, n_bytes);
     for (int32_t rank = 0; rank < model->world && status == MIL_OK; rank++) {
         mil_walk walk = {.shard = &model->ranks[rank].shard, .source = source, .loader = loader};
         status = mil_decoder_load(&model->ranks[rank].decoder, &walk);
     }
+    if (status == MIL_OK)
+        status = mil_loader_finish(loader);
     mil_loader_free(loader);
     return status;
 }

@@ -258,12 +258,17 @@ typedef struct mil_backend {
 
     /* ---- weights ---- */
     size_t (*packed_bytes)(int32_t N, int32_t K);
-    /* Pack n_rows whole rows (all K of this rank) of one part, from row `row` of it on. src row i
-     * at src + i * src_stride elements of dtype; F16 and F32 are rounded to bf16. Thread-safe for
-     * disjoint rows of one weight that fall in different groups of 32 packed rows or not. Padding
-     * rows and columns are zero because slabs come zeroed. */
-    void (*pack)(mil_weight *weight, int32_t part, int32_t row, int32_t n_rows, const void *src,
-                 mil_dtype dtype, int64_t src_stride);
+    /* Pack n_rows whole rows (all K of this rank) of one part, from row `row` of it on, and be done
+     * when it returns. src row i at src + i * src_stride elements of dtype; F16 and F32 are rounded
+     * to bf16. src is staging of the device's alloc_host, which a device may overwrite. Thread-safe
+     * for disjoint rows of one weight that fall in different groups of 32 packed rows or not.
+     * Padding rows and columns are zero because slabs come zeroed. */
+    mil_status (*pack)(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,
+                       int32_t n_rows, void *src, mil_dtype dtype, int64_t src_stride);
+    /* Rows of a dummy tensor straight into the weight: element (i, k) of the part is that of index
+     * begin + i * stride + k of `stream` (loader/source.h). NULL: they are made on the host. */
+    mil_status (*pack_dummy)(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,
+                             int32_t n_rows, uint64_t stream, uint64_t begin, int64_t stride);
     size_t (*lora_a_bytes)(int32_t rank, int32_t in);
     size_t (*lora_b_bytes)(int32_t out, int32_t rank);
     /* a: [rank, in], b: [out, rank], bf16, row-major; destinations zeroed. */

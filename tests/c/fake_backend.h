@@ -10,9 +10,10 @@ static size_t fake_packed_bytes(int32_t N, int32_t K)
     return (size_t)N * (size_t)K * 2;
 }
 
-static void fake_pack(mil_weight *weight, int32_t part, int32_t row, int32_t n_rows,
-                      const void *src, mil_dtype dtype, int64_t src_stride)
+static mil_status fake_pack(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,
+                            int32_t n_rows, void *src, mil_dtype dtype, int64_t src_stride)
 {
+    (void)queue;
     for (int32_t r = 0; r < n_rows; r++) {
         uint16_t *out = (uint16_t *)weight->data +
                         (size_t)mil_weight_row(weight, part, row + r) * (size_t)weight->K;
@@ -20,6 +21,7 @@ static void fake_pack(mil_weight *weight, int32_t part, int32_t row, int32_t n_r
         for (int32_t k = 0; k < weight->K; k++)
             out[k] = test_bf16_of(test_double_of(in + (size_t)k * mil_dtype_bytes(dtype), dtype));
     }
+    return MIL_OK;
 }
 
 /* A keeps its shape, B too, each behind one word with its rank, so that sizes are odd. */

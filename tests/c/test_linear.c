@@ -119,7 +119,7 @@ static problem make_problem(int32_t M, int32_t N, int32_t K, bool has_bias)
                             .part_rows = {N},
                             .data = mil_alloc(backend->packed_bytes(N, K), 1),
                             .bias = p.bias};
-    backend->pack(&p.weight, 0, 0, N, p.w, MIL_DTYPE_BF16, K);
+    CHECK_INT(backend->pack(NULL, &p.weight, 0, 0, N, p.w, MIL_DTYPE_BF16, K), MIL_OK);
     return p;
 }
 
@@ -242,7 +242,7 @@ TEST(denormal_results_are_zero_on_every_set)
         p.x[k] = mil_bf16_from_float(0x1p-66f);
     for (int32_t i = 0; i < 32 * 8; i++)
         p.w[i] = p.x[0];
-    cpu()->pack(&p.weight, 0, 0, 32, p.w, MIL_DTYPE_BF16, 8);
+    CHECK_INT(cpu()->pack(NULL, &p.weight, 0, 0, 32, p.w, MIL_DTYPE_BF16, 8), MIL_OK);
     memcpy(p.want, zeros, sizeof zeros);
     for (int32_t c = 0; c < n; c++)
         CHECK(product_is_right(&p, &contexts[c], 1));
@@ -278,13 +278,16 @@ TEST(packing_by_row_ranges_and_parts_equals_packing_whole)
         weight.interleave = interleave;
         weight.data = whole;
         for (int32_t part = 0; part < 2; part++)
-            backend->pack(&weight, part, 0, rows, w + part * rows * K, MIL_DTYPE_BF16, K);
+            CHECK_INT(
+                backend->pack(NULL, &weight, part, 0, rows, w + part * rows * K, MIL_DTYPE_BF16, K),
+                MIL_OK);
         weight.data = pieces;
         for (int32_t row = 0; row < rows; row += 7) {
             int32_t n = row + 7 < rows ? 7 : rows - row;
             for (int32_t part = 0; part < 2; part++)
-                backend->pack(&weight, part, row, n, w + (part * rows + row) * K, MIL_DTYPE_BF16,
-                              K);
+                CHECK_INT(backend->pack(NULL, &weight, part, row, n, w + (part * rows + row) * K,
+                                        MIL_DTYPE_BF16, K),
+                          MIL_OK);
         }
         CHECK(memcmp(whole, pieces, bytes) == 0);
         for (int32_t n = 0; n < 2 * rows; n++) {

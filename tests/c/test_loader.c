@@ -47,7 +47,7 @@ static void rig_open(rig *r, int32_t n_threads)
     checkpoint_write(&r->files);
     CHECK_INT(mil_source_open(&r->source, &r->files.info), MIL_OK);
     CHECK_INT(mil_progress_create(&r->progress), MIL_OK);
-    CHECK_INT(mil_loader_create(&r->loader, r->source, &fake_backend, n_threads, r->progress),
+    CHECK_INT(mil_loader_create(&r->loader, r->source, &fake_backend, NULL, n_threads, r->progress),
               MIL_OK);
 }
 
@@ -143,7 +143,7 @@ TEST(a_row_beyond_the_largest_window_is_refused_by_name)
     mil_source *source;
     mil_loader *loader;
     CHECK_INT(mil_source_open(&source, &info), MIL_OK);
-    CHECK_INT(mil_loader_create(&loader, source, &fake_backend, 1, NULL), MIL_OK);
+    CHECK_INT(mil_loader_create(&loader, source, &fake_backend, NULL, 1, NULL), MIL_OK);
     static const mil_slice slice = {2, 5000000, 0, 2, 0, 8};
     mil_weight weight = make_weight(8, 1, (int32_t[]){2}, 0);
     CHECK_INT(mil_loader_weight(loader, &weight, 0, "wide", &slice), MIL_ERR_UNSUPPORTED);
@@ -189,7 +189,7 @@ TEST(dummy_weights_are_the_same_whatever_the_slice)
     mil_source *source;
     mil_loader *loader;
     CHECK_INT(mil_source_open(&source, &info), MIL_OK);
-    CHECK_INT(mil_loader_create(&loader, source, &fake_backend, 2, NULL), MIL_OK);
+    CHECK_INT(mil_loader_create(&loader, source, &fake_backend, NULL, 2, NULL), MIL_OK);
     static const mil_slice all = {1500, 800, 0, 1500, 0, 800},
                            some = {1500, 800, 500, 900, 300, 77};
     mil_weight whole = make_weight(800, 1, (int32_t[]){1500}, 0);
@@ -203,6 +203,198 @@ TEST(dummy_weights_are_the_same_whatever_the_slice)
     free(part.data);
     mil_loader_free(loader);
     mil_source_close(source);
+}
+
+/* ---- the queue ---- */
+
+/* What a model asks for, in small: parts that alternate and parts that do not, a vector between
+ * them, an empty slice, and a part alone of a weight whose others never come. */
+typedef struct wish {
+    mil_weight merged, pairs, alone, empty;
+    float vector[700];
+} wish;
+
+static const mil_slice wish_q = {2000, 301, 0, 2000, 0, 301}, wish_k = {700, 301, 0, 700, 0, 301},
+                       wish_half = {3000, 301, 1496, 1504, 0, 301},
+                       wish_none = {700, 301, 700, 0, 0, 301};
+#define WISH_BYTES (2 * (301 * (2000 + 700 + 4 * 1504) + 700))
+
+static void add_wish(checkpoint *c)
+{
+    static const struct {
+        const char *name;
+        mil_dtype dtype;
+        int64_t rows, cols;
+    } tensors[] = {{"q", MIL_DTYPE_BF16, 2000, 301},
+                   {"k", MIL_DTYPE_F32, 700, 301},
+                   {"v", MIL_DTYPE_F32, 700, 0},
+                   {"gate", MIL_DTYPE_BF16, 3000, 301},
+                   {"up", MIL_DTYPE_F32, 3000, 301}};
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
+        test_fill(
+            checkpoint_add(c, tensors[i].name, tensors[i].dtype, tensors[i].rows, tensors[i].cols),
+            tensors[i].dtype, tensors[i].rows * (tensors[i].cols == 0 ? 1 : tensors[i].cols), i);
+}
+
+static void make_wish(wish *w)
+{
+    w->merged = make_weight(301, 2, (int32_t[]){2000, 700}, 0);
+    w->pairs = make_weight(301, 2, (int32_t[]){1504, 1504}, 16);
+    w->alone = make_weight(301, 2, (int32_t[]){1504, 1504}, 16);
+    w->empty = make_weight(301, 1, (int32_t[]){0}, 0);
+}
+
+/* Each call only queues. */
+static void ask_all(rig *r, wish *w)
+{
+    CHECK_INT(mil_loader_weight(r->loader, &w->merged, 0, "q", &wish_q), MIL_OK);
+    CHECK_INT(mil_loader_vector(r->loader, w->vector, "v", 700, 0, 700), MIL_OK);
+    CHECK_INT(mil_loader_weight(r->loader, &w->merged, 1, "k", &wish_k), MIL_OK);
+    CHECK_INT(mil_loader_weight(r->loader, &w->alone, 1, "up", &wish_half), MIL_OK);
+    CHECK_INT(mil_loader_weight(r->loader, &w->empty, 0, "k", &wish_none), MIL_OK);
+    CHECK_INT(mil_loader_weight(r->loader, &w->pairs, 0, "gate", &wish_half), MIL_OK);
+    CHECK_INT(mil_loader_weight(r->loader, &w->pairs, 1, "up", &wish_half), MIL_OK);
+    CHECK_INT(mil_loader_weight(r->loader, &w->alone, 0, "gate", &wish_half), MIL_OK);
+}
+
+static void free_wish(wish *w)
+{
+    free(w->merged.data);
+    free(w->pairs.data);
+    free(w->alone.data);
+    free(w->empty.data);
+}
+
+TEST(what_is_queued_is_loaded_at_the_end)
+{
+    for (int32_t n_threads = 1; n_threads <= 3; n_threads++) {
+        rig r = {0};
+        wish w = {0};
+        uint64_t done, total;
+        checkpoint_init(&r.files);
+        add_wish(&r.files);
+        rig_open(&r, n_threads);
+        make_wish(&w);
+        mil_loader_begin(r.loader, WISH_BYTES);
+        ask_all(&r, &w);
+        mil_progress_read(r.progress, &done, &total);
+        CHECK_INT(done, 0);
+        CHECK_INT(mil_loader_finish(r.loader), MIL_OK);
+        mil_progress_read(r.progress, &done, &total);
+        CHECK_INT(done, WISH_BYTES);
+        check_part(&w.merged, 0, &r.files, 0, &wish_q);
+        check_part(&w.merged, 1, &r.files, 1, &wish_k);
+        check_part(&w.pairs, 0, &r.files, 3, &wish_half);
+        check_part(&w.pairs, 1, &r.files, 4, &wish_half);
+        check_part(&w.alone, 0, &r.files, 3, &wish_half);
+        check_part(&w.alone, 1, &r.files, 4, &wish_half);
+        CHECK(memcmp(w.vector, r.files.bytes + r.files.tensors[2].begin, sizeof w.vector) == 0);
+        free_wish(&w);
+        rig_close(&r);
+    }
+}
+
+/* Windows of parts read in turn have equal rows, as many as the longer of them allow. */
+TEST(alternating_parts_of_different_dtypes_share_the_largest_window)
+{
+    enum { K = 130000 };
+    static const mil_slice slice = {32, K, 0, 32, K - 8, 8};
+    rig r = {0};
+    checkpoint_init(&r.files);
+    add(&r, "gate", MIL_DTYPE_BF16, 32, K);
+    add(&r, "up", MIL_DTYPE_F32, 32, K);
+    rig_open(&r, 1);
+    mil_weight weight = make_weight(8, 2, (int32_t[]){32, 32}, 16);
+    mil_loader_begin(r.loader, 2 * 2 * 32 * 8);
+    CHECK_INT(mil_loader_weight(r.loader, &weight, 0, "gate", &slice), MIL_OK);
+    CHECK_INT(mil_loader_weight(r.loader, &weight, 1, "up", &slice), MIL_OK);
+    CHECK_INT(mil_loader_finish(r.loader), MIL_OK);
+    check_part(&weight, 0, &r.files, 0, &slice);
+    check_part(&weight, 1, &r.files, 1, &slice);
+    free(weight.data);
+    rig_close(&r);
+}
+
+TEST(a_queued_load_that_fails_is_reported_at_the_end)
+{
+    rig r = {0};
+    wish w = {0};
+    checkpoint_init(&r.files);
+    add_wish(&r.files);
+    rig_open(&r, 2);
+    make_wish(&w);
+    mil_loader_begin(r.loader, WISH_BYTES);
+    ask_all(&r, &w);
+    CHECK_INT(truncate(r.files.path, 100000), 0);
+    CHECK_INT(mil_loader_finish(r.loader), MIL_ERR_FILE);
+    CHECK(strstr(mil_status_message(), "shrank while it was read: found 100000 bytes"));
+    free_wish(&w);
+    rig_close(&r);
+}
+
+TEST(a_load_given_up_while_queued_writes_nothing)
+{
+    rig r = {0};
+    wish w = {0};
+    checkpoint_init(&r.files);
+    add_wish(&r.files);
+    rig_open(&r, 2);
+    make_wish(&w);
+    mil_loader_begin(r.loader, WISH_BYTES);
+    ask_all(&r, &w);
+    CHECK_INT(mil_loader_weight(r.loader, &w.alone, 0, "absent", &wish_half), MIL_ERR_FILE);
+    rig_close(&r);
+    CHECK_INT(((uint16_t *)w.merged.data)[0], 0);
+    free_wish(&w);
+}
+
+/* More than the queue first has room for; its growth may fail. */
+TEST(a_long_queue_grows_or_says_that_it_cannot)
+{
+    static float out[1000];
+    rig r = {0};
+    checkpoint_init(&r.files);
+    add(&r, "v", MIL_DTYPE_F32, 1000, 0);
+    for (int failing = 0; failing < 2; failing++) {
+        mil_status status = MIL_OK;
+        size_t held = mil_memory_held_bytes();
+        rig_open(&r, 2);
+        memset(out, 0, sizeof out);
+        mil_loader_begin(r.loader, 2 * 1000);
+        mil_memory_fail_at((uint64_t)failing);
+        for (int i = 0; i < 1000 && status == MIL_OK; i++)
+            status = mil_loader_vector(r.loader, &out[i], "v", 1000, i, 1);
+        if (status == MIL_OK)
+            status = mil_loader_finish(r.loader);
+        mil_memory_fail_at(0);
+        CHECK_INT(status, failing ? MIL_ERR_MEMORY : MIL_OK);
+        if (!failing)
+            CHECK(memcmp(out, r.files.bytes + r.files.tensors[0].begin, sizeof out) == 0);
+        mil_loader_free(r.loader);
+        mil_progress_free(r.progress);
+        mil_source_close(r.source);
+        CHECK_INT(mil_memory_held_bytes(), held);
+    }
+    checkpoint_free(&r.files);
+}
+
+/* Windows are shifted by where in a page the file's bytes lie, up to the end of the largest one. */
+TEST(a_row_as_long_as_the_largest_window_is_served_from_any_offset)
+{
+    enum { K = 8 << 18 };
+    static const mil_slice slice = {2, K, 0, 2, K - 8, 8};
+    for (int n_filler = 0; n_filler < 64; n_filler += 21) {
+        rig r = {0};
+        checkpoint_init(&r.files);
+        add(&r, "filler", MIL_DTYPE_F32, 1000 + n_filler / 4, 0);
+        add(&r, "w", MIL_DTYPE_F32, 2, K);
+        rig_open(&r, 1);
+        mil_weight weight = make_weight(8, 1, (int32_t[]){2}, 0);
+        CHECK_INT(mil_loader_weight(r.loader, &weight, 0, "w", &slice), MIL_OK);
+        check_part(&weight, 0, &r.files, 1, &slice);
+        free(weight.data);
+        rig_close(&r);
+    }
 }
 
 /* ---- vectors ---- */
@@ -262,11 +454,12 @@ TEST(progress_counts_two_bytes_for_each_element_of_a_slice)
     mil_weight weight = make_weight(100, 1, (int32_t[]){900}, 0);
     float out[64];
     uint64_t done, total;
-    mil_loader_set_total(r.loader, 180128);
+    mil_loader_begin(r.loader, 180128);
     CHECK_INT(mil_loader_weight(r.loader, &weight, 0, "w", &slice), MIL_OK);
     mil_progress_read(r.progress, &done, &total);
-    CHECK_INT(done, 180000);
+    CHECK_INT(done, 0);
     CHECK_INT(mil_loader_vector(r.loader, out, "v", 64, 0, 64), MIL_OK);
+    CHECK_INT(mil_loader_finish(r.loader), MIL_OK);
     mil_progress_read(r.progress, &done, &total);
     CHECK_INT(done, 180128);
     CHECK_INT(total, 180128);
@@ -319,7 +512,7 @@ TEST(no_allocation_that_fails_leaks)
     for (uint64_t k = 1;; k++) {
         mil_loader *loader = NULL;
         mil_memory_fail_at(k);
-        mil_status status = mil_loader_create(&loader, source, &fake_backend, 3, NULL);
+        mil_status status = mil_loader_create(&loader, source, &fake_backend, NULL, 3, NULL);
         mil_memory_fail_at(0);
         mil_loader_free(loader);
         CHECK_INT(mil_memory_held_bytes(), held);

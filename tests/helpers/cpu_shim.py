@@ -452,6 +452,34 @@ class Shim:
         del keep
         return out
 
+    def attention_replays(
+        self,
+        cases: Sequence[tuple[Array, Batch]],
+        kv: Kv,
+        n_heads: int,
+        scale: float,
+        layer: int = 0,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> list[Array]:
+        """One graph of attention, captured with the first (q, batch), launched over each of them.
+        All have the same buckets (both given) and shape of page table. Rows of the batch only."""
+        bucket, width = cases[0][1].bucket_tokens, cases[0][0].shape[1]
+        q = np.full((len(cases), bucket, width), 0xFFFF, np.uint16)
+        for at, (rows, batch) in zip(q, cases, strict=True):
+            at[: len(rows)] = rows
+            self.need_batch(batch, kv, n_heads)
+        out = np.full_like(q, 0xFFFF)
+        made = [batch.struct() for _, batch in cases]
+        structs = (BatchStruct * len(made))(*(struct for struct, _ in made))
+        self.check(
+            library().shim_attention_replays(
+                self.handle, len(cases), pointer(out), pointer(q), structs, ct.byref(kv.struct()),
+                layer, n_heads, ct.c_float(scale), window, ct.c_float(softcap),
+            )
+        )  # fmt: skip
+        return [at[: len(rows)] for at, (rows, _) in zip(out, cases, strict=True)]
+
     def gather_tokens(self, batch: Batch) -> Array:
         return self.begin(batch).tokens
 

@@ -92,10 +92,13 @@ typedef struct shim_kv {
 
 typedef struct shim_step {
     mil_plan *plan;
+    void *device_plan; /* where ops read it: plan itself on the host */
     mil_batch batch;
     mil_slots slots;
 } shim_step;
 
 /* The plan of a batch where ops read it. Slots are lent for the same call. extras may be NULL. */
 void shim_lend_batch(shim *s, shim_step *to, const shim_batch *from, const shim_extras *extras);
+/* Another batch in the same plan, of the same limits; begin brings it to the device. */
+void shim_fill_plan(shim_step *to, const shim_batch *from, const shim_extras *extras);
 mil_kv shim_lend_kv(shim *s, const shim_kv *from, int32_t how);

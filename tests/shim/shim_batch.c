@@ -33,6 +33,7 @@ static void fill_header(mil_plan_header *header, const shim_batch *from, const s
     header->n_slot_sets = extras->n_slot_sets;
     header->n_page_sets = extras->n_page_sets;
     header->n_adapter_sets = extras->n_adapter_sets;
+    header->bucket_segments = extras->n_segments;
     header->bucket_seqs = larger(from->n_seqs, from->bucket_seqs);
     header->bucket_tokens = larger(from->n_tokens, from->bucket_tokens);
     header->bucket_logit_rows = larger(extras->n_logit_rows, extras->bucket_logit_rows);
@@ -69,6 +70,20 @@ static void fill_arrays(const mil_batch *to, const shim_batch *from, const shim_
     put(to->adapter_sets, extras->adapter_sets, extras->n_adapter_sets, sizeof *to->adapter_sets);
 }
 
+void shim_fill_plan(shim_step *to, const shim_batch *from, const shim_extras *extras)
+{
+    static const shim_extras none;
+    extras = extras != NULL ? extras : &none;
+    mil_plan_limits limits = limits_of(from, extras);
+    /* What lies past the counts is what an older plan left. */
+    memset(to->plan, 0xff, mil_plan_bytes(&limits));
+    mil_plan_reset(to->plan, &limits, 1);
+    mil_plan_view(to->plan, &to->batch);
+    fill_header(to->batch.header, from, extras);
+    fill_arrays(&to->batch, from, extras);
+    mil_plan_view_at(to->plan, to->device_plan, &to->batch);
+}
+
 void shim_lend_batch(shim *s, shim_step *to, const shim_batch *from, const shim_extras *extras)
 {
     static const shim_extras none;
@@ -78,18 +93,12 @@ void shim_lend_batch(shim *s, shim_step *to, const shim_batch *from, const shim_
     size_t n_bytes = mil_plan_bytes(&limits);
     memset(to, 0, sizeof *to);
     to->plan = shim_take_pinned(s, n_bytes);
-    void *copy = device->is_host ? to->plan : shim_take(s, n_bytes);
+    to->device_plan = device->is_host ? to->plan : shim_take(s, n_bytes);
     if (s->status != MIL_OK)
         return;
-    /* What lies past the counts is what an older plan left. */
-    memset(to->plan, 0xff, n_bytes);
-    mil_plan_reset(to->plan, &limits, 1);
-    mil_plan_view(to->plan, &to->batch);
-    fill_header(to->batch.header, from, extras);
-    fill_arrays(&to->batch, from, extras);
-    mil_plan_view_at(to->plan, copy, &to->batch);
+    shim_fill_plan(to, from, extras);
     if (!device->is_host)
-        s->status = device->copy_in(s->context.queue, copy, to->plan, n_bytes);
+        s->status = device->copy_in(s->context.queue, to->device_plan, to->plan, n_bytes);
     size_t n_slots = (size_t)from->n_slots;
     to->slots = (mil_slots){
         .n_slots = from->n_slots,

@@ -18,6 +18,9 @@ SHIM mil_status shim_rope_write(shim *s, uint16_t *q, const void *qkv, const flo
 SHIM mil_status shim_attention(shim *s, uint16_t *out, const uint16_t *q, const shim_batch *batch,
                                const shim_kv *kv, int32_t layer, int32_t n_heads, float scale,
                                int32_t window, float softcap, int32_t repeat);
+SHIM mil_status shim_attention_replays(shim *s, int32_t n, uint16_t *out, const uint16_t *q,
+                                       const shim_batch *batches, const shim_kv *kv, int32_t layer,
+                                       int32_t n_heads, float scale, int32_t window, float softcap);
 SHIM mil_status shim_sample(shim *s, mil_sample *out, const float *logits,
                             const shim_extras *extras, const mil_sampling *sampling,
                             int32_t *last_token, int32_t n_slots, int32_t first_row, int32_t n_rows,
@@ -164,6 +167,90 @@ mil_status shim_attention(shim *s, uint16_t *out, const uint16_t *q, const shim_
     for (int32_t i = 0; i < repeat && status == MIL_OK; i++)
         status = s->context.backend->attention(&s->context, &args);
     return shim_leave(s, status);
+}
+
+/* What replays share: one launch over memory whose content changes. */
+typedef struct replays {
+    shim *s;
+    shim_step step;
+    mil_kv kv;
+    mil_begin_args begin;
+    mil_attention_args args;
+    struct mil_graph *graph; /* NULL: the device has none, the op runs itself */
+    size_t bucket_bytes;
+} replays;
+
+static mil_status replay_one(replays *r, uint16_t *out, const uint16_t *q, const shim_batch *batch)
+{
+    mil_context *context = &r->s->context;
+    const mil_device *device = context->backend->device;
+    size_t table_bytes = (size_t)batch->n_slots * (size_t)batch->max_pages * sizeof(int32_t);
+    shim_fill_plan(&r->step, batch, NULL);
+    MIL_TRY(
+        device->copy_in(context->queue, r->step.slots.page_table, batch->page_table, table_bytes));
+    MIL_TRY(device->copy_in(context->queue, (void *)(uintptr_t)r->args.q, q, r->bucket_bytes));
+    MIL_TRY(device->fill_16(context->queue, r->args.out, 0xffff, r->bucket_bytes / 2));
+    MIL_TRY(context->backend->begin(context, &r->begin));
+    if (device->capture_begin != NULL && r->graph == NULL) {
+        MIL_TRY(device->capture_begin(context->queue));
+        mil_status status = context->backend->attention(context, &r->args);
+        mil_status ended = device->capture_end(context->queue, &r->graph);
+        MIL_TRY(status);
+        MIL_TRY(ended);
+    }
+    MIL_TRY(r->graph != NULL ? device->graph_launch(context->queue, r->graph)
+                             : context->backend->attention(context, &r->args));
+    MIL_TRY(device->synchronize(context->queue));
+    return device->copy_out(context->queue, out, r->args.out, r->bucket_bytes);
+}
+
+/* Attention captured once, with the first batch, and launched over each of n batches of the same
+ * buckets, slots and pages. q, out: [n][bucket_tokens][N * D]. The page tables are read from each
+ * batch. A page table that lies in the first batch's memory is overwritten. */
+mil_status shim_attention_replays(shim *s, int32_t n, uint16_t *out, const uint16_t *q,
+                                  const shim_batch *batches, const shim_kv *kv, int32_t layer,
+                                  int32_t n_heads, float scale, int32_t window, float softcap)
+{
+    replays r = {.s = s};
+    mil_lora_table none = {0};
+    shim_lend_batch(s, &r.step, &batches[0], NULL);
+    r.kv = shim_lend_kv(s, kv, SHIM_IN);
+    size_t bucket = (size_t)batches[0].bucket_tokens;
+    r.bucket_bytes = bucket * (size_t)n_heads * (size_t)kv->head_dim * sizeof *q;
+    r.args = (mil_attention_args){
+        .out = shim_take(s, r.bucket_bytes),
+        .q = shim_take(s, r.bucket_bytes),
+        .batch = &r.step.batch,
+        .slots = &r.step.slots,
+        .kv = &r.kv,
+        .layer = layer,
+        .n_heads = n_heads,
+        .scale = scale,
+        .window = window,
+        .softcap = softcap,
+    };
+    r.begin = (mil_begin_args){
+        .plan = r.step.plan,
+        .batch = &r.step.batch,
+        .adapters = shim_take_pinned(s, sizeof(void *)),
+        .slots = &r.step.slots,
+        .lora = &none,
+        .kv = &r.kv,
+        .tokens = shim_take(s, bucket * sizeof(int32_t)),
+        .n_heads = n_heads,
+    };
+    mil_status status = MIL_OK;
+    bool was_captured = s->is_captured;
+    s->is_captured = false;
+    MIL_TRY(shim_enter(s));
+    for (int32_t i = 0; i < n && status == MIL_OK; i++)
+        status = replay_one(&r, out + (size_t)i * (r.bucket_bytes / sizeof *out),
+                            q + (size_t)i * (r.bucket_bytes / sizeof *q), &batches[i]);
+    if (r.graph != NULL)
+        s->context.backend->device->graph_free(s->context.queue, r.graph);
+    status = shim_leave(s, status);
+    s->is_captured = was_captured;
+    return status;
 }
 
 /* adapters[i]: where the descriptors of command i's content lie, NULL to clear. */

@@ -25,6 +25,8 @@ class Shape:
     ffn: int
     vocab: int
     tied: bool
+    max_position: int = 4096
+    rope_theta: float = 10000.0
 
     def write_config(self, folder: Path) -> Path:
         """Make `folder` with a config.json and nothing else."""
@@ -39,9 +41,9 @@ class Shape:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocab,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": self.max_position,
             "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
+            "rope_theta": self.rope_theta,
             "hidden_act": "silu",
             "tie_word_embeddings": self.tied,
             "attention_bias": False,
@@ -81,8 +83,10 @@ class Shape:
 # cpu-backend.md section 9: "0.5 B" and "1 B" (Llama-3.2-1B's shape).
 HALF_B = Shape("0.5B", 1024, 24, 16, 8, 64, 4096, 32000, tied=True)
 ONE_B = Shape("1B", 2048, 16, 32, 8, 64, 8192, 128256, tied=True)
+# Llama-3-8B, with room for the context that vLLM was measured with (vllm-h200.md).
+EIGHT_B = Shape("8B", 4096, 32, 32, 8, 128, 14336, 128256, False, 16384, 500000.0)
 TINY = Shape("tiny", 256, 4, 4, 2, 64, 640, 2048, tied=True)
-SHAPES = {shape.name: shape for shape in (HALF_B, ONE_B, TINY)}
+SHAPES = {shape.name: shape for shape in (HALF_B, ONE_B, EIGHT_B, TINY)}
 
 
 def dummy_adapter(config: ModelConfig, rank: int) -> Adapter:

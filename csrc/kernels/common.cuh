@@ -51,11 +51,6 @@ static __device__ __forceinline__ void mil_let_next_start()
 
 /* ---- bfloat16 ---- */
 
-/* Eight values, one 16-byte access. */
-struct alignas(16) mil_bf16x8 {
-    __nv_bfloat162 pair[4];
-};
-
 static __device__ __forceinline__ float mil_widen(uint16_t bits)
 {
     return __uint_as_float((uint32_t)bits << 16);
@@ -64,26 +59,6 @@ static __device__ __forceinline__ float mil_widen(uint16_t bits)
 static __device__ __forceinline__ uint16_t mil_round(float x)
 {
     return __bfloat16_as_ushort(__float2bfloat16_rn(x));
-}
-
-static __device__ __forceinline__ void mil_load8(float (&out)[8], const void *from)
-{
-    mil_bf16x8 v = *(const mil_bf16x8 *)from;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 f = __bfloat1622float2(v.pair[i]);
-        out[2 * i] = f.x;
-        out[2 * i + 1] = f.y;
-    }
-}
-
-static __device__ __forceinline__ void mil_store8(void *to, const float (&in)[8])
-{
-    mil_bf16x8 v;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        v.pair[i] = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
-    *(mil_bf16x8 *)to = v;
 }
 
 /* The two bfloat16 of one register, widened. */
@@ -102,6 +77,24 @@ static __device__ __forceinline__ uint32_t mil_pack2(float low, float high)
 {
     __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
     return *(uint32_t *)&v;
+}
+
+/* Eight values, one 16-byte access. */
+static __device__ __forceinline__ void mil_load8(float (&out)[8], const void *from)
+{
+    uint4 v = *(const uint4 *)from;
+    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        out[2 * i] = mil_low(pairs[i]);
+        out[2 * i + 1] = mil_high(pairs[i]);
+    }
+}
+
+static __device__ __forceinline__ void mil_store8(void *to, const float (&in)[8])
+{
+    *(uint4 *)to = make_uint4(mil_pack2(in[0], in[1]), mil_pack2(in[2], in[3]),
+                              mil_pack2(in[4], in[5]), mil_pack2(in[6], in[7]));
 }
 
 /* ---- reductions in a fixed order ---- */

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Prints what the CUDA part of a build needs, "NVCC INCLUDE-DIR LIB-DIR", or nothing where CUDA is not
 # to be built. The argument is MILPY_CUDA:
-#   auto  only where this machine has a CUDA device or driver; what is missing then is said, once
+#   auto  only where this machine has a CUDA device or driver; what is missing then is said
 #   1     whatever the machine has (CI compiles so); a missing piece is named, and "error" printed
-# CUDA_HOME is looked in first, then nvcc's own place and /usr/local/cuda. Nothing of cuBLAS is needed
+# nvcc is CUDA_HOME's, else the one on PATH, else /usr/local/cuda's. Nothing of cuBLAS is needed
 # to build: csrc/kernels declares what it calls, and the library is found at run time.
 mode=${1:-auto}
 missing() {
@@ -39,13 +39,14 @@ set -- $("$nvcc" --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1 \2/
     missing "found nvcc ${1:-?}.${2:-?} ($nvcc), expected 12.4 or newer"
 command -v g++ >/dev/null 2>&1 || missing "found no g++, which nvcc compiles host code with; expected g++"
 
-own=$(readlink -f "$nvcc")
-for root in "$CUDA_HOME" "${own%/bin/nvcc}" /usr/local/cuda; do
+# nvcc itself knows its toolkit, also where the one on PATH is a wrapper or a wheel's.
+top=$("$nvcc" --dryrun -x cu -c /dev/null -o /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
+for root in "$top" "$CUDA_HOME" /usr/local/cuda; do
     [ -n "$root" ] && [ -f "$root/include/cuda_runtime_api.h" ] && break
     root=
 done
 [ -n "$root" ] || missing "found no cuda_runtime_api.h beside $nvcc; expected $packages"
-for lib in "$root/lib64" "$root/lib" "$root"/targets/*/lib; do
+for lib in "$root/lib64" "$root/lib" "$root/targets/$(uname -m)-linux/lib" "$root"/targets/*/lib; do
     [ -f "$lib/libcudart_static.a" ] && break
     lib=
 done

@@ -83,7 +83,8 @@ void shim_pack(shim *s, const shim_weight *from, int32_t part, int32_t row, int3
                const void *src, int32_t dtype, int64_t stride)
 {
     mil_weight weight = view_weight(s, from);
-    s->context.backend->pack(&weight, part, row, n_rows, src, (mil_dtype)dtype, stride);
+    (void)s->context.backend->pack(s->context.queue, &weight, part, row, n_rows,
+                                   (void *)(uintptr_t)src, (mil_dtype)dtype, stride);
 }
 
 void shim_lora_pack(shim *s, bool is_b, void *packed, const uint16_t *src, int32_t rank,

@@ -34,9 +34,9 @@ class LLM:
     adapters maps names to PEFT folders or Hub ids. dtype auto is bfloat16; weights of another dtype
     are converted. tensor_parallel_size splits the model over that many ranks. max_model_len bounds
     prompt and answer together; max_num_seqs, max_num_batched_tokens, kv_cache_bytes and page_size
-    are the scheduler's knobs, n_threads is shared by all ranks; None chooses. On a GPU, KV pages take
-    what weights leave of gpu_memory_utilization (None: 0.9) of its memory, and enforce_eager runs
-    decode steps without CUDA graphs. load_format="dummy"
+    are the scheduler's knobs, n_threads is shared by all ranks; None chooses. On a GPU, KV pages
+    take what weights leave of gpu_memory_utilization (None: 0.9) of its memory, and enforce_eager
+    runs decode steps without CUDA graphs. load_format="dummy"
     makes random weights by `seed` from config.json alone. tokenizer names another folder for
     tokenizer.json; without one, prompts are token ids. progress shows a bar while loading.
 

@@ -22,6 +22,7 @@ from milpy.interrupt import HeldInterrupt
 from milpy.sampling import check_integer
 from milpy.strict_json import show
 from milpy.tokenizer import TOKENIZER_FILE, Tokenizer
+from milpy.wheels import add_library_dirs
 
 POLL_SECONDS = 0.05
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -98,6 +99,8 @@ class LoadedModel:
 
 def load(model: str | Path, options: EngineOptions) -> LoadedModel:
     """Read, check and load. On an error nothing is held."""
+    if options.device != "cpu":
+        add_library_dirs()
     folder = resolve_model(model, options.revision)
     config = read_model_config(folder)
     generation = read_generation_config(folder, vocab_size=config.vocab_size)

@@ -1,4 +1,4 @@
-"""Every test of this room that takes `path`, and does not say which, runs on each path of this machine's GPU."""
+"""A test of this room that takes `path` without saying which runs on each path of the GPU."""
 
 import pytest
 from helpers.cpu_shim import cuda_paths, why_no_cuda

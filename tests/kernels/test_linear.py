@@ -41,15 +41,19 @@ def sample(n: int, most: int) -> Array:
 
 
 def assert_product(y: Array, x: Array, w: Array, bias: Array | None, eps: float) -> None:
-    """y within one rounding by eps of the float64 product (and one of the bias: cuBLASLt wants it
-    in y's dtype), and what float32 sums may be off by. Some columns of large products."""
+    """y within one rounding by eps of the float64 result, and what float32 sums may be off by. A
+    bias brings two more: cuBLASLt wants it in y's dtype, and rounds the product before it where
+    columns do not fill 16 bytes, as the plain formula does. Some columns of large products."""
     columns = sample(len(w), 160)
     added = np.zeros(len(columns)) if bias is None else bias[columns].astype(np.float64)
     wide_x, wide_w = from_bf16(x), from_bf16(w[columns])
     want = wide_x @ wide_w.T + added
     size = np.abs(wide_x) @ np.abs(wide_w).T + np.abs(added)
     # A tensor core may cut where a chain of fma rounds.
-    bound = eps * (np.abs(want) + np.abs(added)) + (x.shape[1] + 16) * 2.0**-23 * size + 1e-30
+    rounded = np.abs(want) + np.abs(added)
+    if bias is not None:
+        rounded += np.abs(want - added)
+    bound = eps * rounded + (x.shape[1] + 16) * 2.0**-23 * size + 1e-30
     excess = np.abs(y[:, columns] - want) - bound
     worst = np.unravel_index(np.argmax(excess), excess.shape)
     assert np.isfinite(y).all()

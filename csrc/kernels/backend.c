@@ -96,6 +96,14 @@ ON_DEVICE(attention)
 ON_DEVICE(act)
 ON_DEVICE(sample)
 
+static mil_status linear_lora(mil_context *context, const mil_linear_args *linear,
+                              const mil_lora_args *lora)
+{
+    int32_t was;
+    MIL_TRY(mil_cuda_enter(context->queue, &was));
+    return mil_cuda_leave(context->queue, was, mil_cuda_linear_lora(context, linear, lora));
+}
+
 static const mil_backend mil_cuda_backend = {
     .name = "cuda",
     .device = &mil_cuda_device,
@@ -125,6 +133,7 @@ static const mil_backend mil_cuda_backend = {
     .attention = attention,
     .act = act,
     .sample = sample,
+    .linear_lora = linear_lora,
 };
 
 mil_status mil_cuda_backend_find(const mil_backend **out)

@@ -48,6 +48,7 @@ mil_status mil_cuda_norm(mil_context *, const mil_norm_args *);
 mil_status mil_cuda_linear(mil_context *, const mil_linear_args *);
 mil_status mil_cuda_lora_shrink(mil_context *, const mil_lora_shrink_args *);
 mil_status mil_cuda_lora_expand(mil_context *, const mil_lora_expand_args *);
+mil_status mil_cuda_linear_lora(mil_context *, const mil_linear_args *, const mil_lora_args *lora);
 mil_status mil_cuda_rope_write(mil_context *, const mil_rope_write_args *);
 mil_status mil_cuda_attention(mil_context *, const mil_attention_args *);
 mil_status mil_cuda_act(mil_context *, const mil_act_args *);

@@ -86,7 +86,7 @@ def test_mixed_batch_is_the_formula(
 
 
 @paths
-@pytest.mark.parametrize("length", [256, 257, 511, 4096, 4097, 20000])
+@pytest.mark.parametrize("length", [256, 511, 512, 513, 1023, 4096, 4097, 20000])
 @pytest.mark.parametrize(("N", "K", "D"), [(4, 1, 128), (8, 2, 64), (2, 1, 256)])
 def test_long_decode_rows_are_merged_from_splits(
     path: str, length: int, N: int, K: int, D: int

@@ -313,6 +313,20 @@ check:                        ## what a change must pass: lint, test, asan, with
 	@$(MAKE) test WERROR=1
 	@$(MAKE) asan WERROR=1
 
+# The ops' driver in C, linked with the CUDA objects: bench_ops.py asks for it with MILPY_CUDA=1.
+BENCH_OPS := build/bench/bench_ops
+$(BENCH_OPS): benchmarks/bench_ops.c $(BENCH_OPS)-read.o benchmarks/driver.h $(OBJ_CUDA) $(LIB) \
+		$(LINKED) $(wildcard csrc/ops/*.h csrc/kernels/*.h) Makefile
+	@mkdir -p $(@D)
+	@echo "  cc   $@"
+	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -isystem $(word 2,$(CUDA)) $(filter %.c,$^) -o $@ \
+		$(BENCH_OPS)-read.o $(OBJ_CUDA) $(LIB) $(LINK) $(CUDA_LINK) -lm
+
+$(BENCH_OPS)-read.o: benchmarks/read_roof.cu benchmarks/read_roof.h Makefile
+	@mkdir -p $(@D)
+	@echo "  nvcc $@"
+	$(Q)$(NVCC) $(NVCCFLAGS) $(GENCODE) -c $< -o $@
+
 bench: $(VENV)/.stamp-base    ## every figure beside its roof, measured in the same round
 	@$(MAKE) ext PYTHON=$(VPY)
 	$(VPY) -m benchmarks $(BENCH_ARGS)

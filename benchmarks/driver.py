@@ -1,4 +1,4 @@
-"""Builds the drivers in C, linked with the core as it is now."""
+"""Builds the drivers in C, linked with the core as it is now; for a GPU with its backend too."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def build(name: str) -> Path:
     compiler = os.environ.get("CC", "cc")
     subprocess.run([compiler, *flags, *sources, library, "-lm", "-o", str(program)], check=True)
     return program
+
+
+def build_for_cuda(name: str) -> Path:
+    """As build, by the Makefile's rule, which knows nvcc and the CUDA objects."""
+    program = Path("build") / "bench" / name
+    jobs = f"-j{len(os.sched_getaffinity(0))}"
+    command = ["make", "-s", jobs, "MILPY_CUDA=1", str(program)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return ROOT / program

@@ -315,8 +315,8 @@ check:                        ## what a change must pass: lint, test, asan, with
 
 # The ops' driver in C, linked with the CUDA objects: bench_ops.py asks for it with MILPY_CUDA=1.
 BENCH_OPS := build/bench/bench_ops
-$(BENCH_OPS): benchmarks/bench_ops.c $(BENCH_OPS)-read.o benchmarks/driver.h $(OBJ_CUDA) $(LIB) \
-		$(LINKED) $(wildcard csrc/ops/*.h csrc/kernels/*.h) Makefile
+$(BENCH_OPS): benchmarks/bench_ops.c $(BENCH_OPS)-read.o $(OBJ_CUDA) $(LIB) $(LINKED) \
+		$(wildcard benchmarks/*.h csrc/ops/*.h csrc/kernels/*.h) Makefile
 	@mkdir -p $(@D)
 	@echo "  cc   $@"
 	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -isystem $(word 2,$(CUDA)) $(filter %.c,$^) -o $@ \

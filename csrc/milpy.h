@@ -136,7 +136,7 @@ void mil_progress_cancel(mil_progress *progress); /* the load returns MIL_ERR_CL
 typedef struct mil_model mil_model;
 
 typedef struct mil_model_options {
-    const char *device;      /* "cpu"; "auto" is the best this build serves */
+    const char *device;      /* "cpu", "cuda", "cuda:1"; "auto": CUDA where it can run, else cpu */
     int32_t tensor_parallel; /* world size, >= 1 */
     int32_t n_threads;       /* over all ranks; 0: from affinity mask and cgroup quota */
     mil_progress *progress;  /* may be NULL */
@@ -155,8 +155,8 @@ typedef struct mil_model_report {
     int32_t n_adapters;   /* contents now held */
     int32_t world;
     int32_t n_threads;
-    const char *device; /* "cpu" */
-    const char *isa;    /* "avx512bf16", "avx512", "avx2", "scalar" */
+    const char *device; /* "cpu", "cuda" */
+    const char *isa;    /* of this CPU: "avx512bf16", "avx512", "avx2", "scalar" */
 } mil_model_report;
 
 void mil_model_report_get(const mil_model *model, mil_model_report *report);

@@ -7,10 +7,7 @@
 #include <string.h>
 
 #define RANK_MULTIPLE 8 /* one 16-byte vector of a row of B */
-#define MAX_LORA_RANK                                                                              \
-    512                /* one stride of v for every batch: a captured launch serves any ranks      \
-                        */
-#define PART_BYTES 256 /* what the parts of workspace and step_data are rounded to */
+#define PART_BYTES 256  /* what the parts of workspace and step_data are rounded to */
 
 /* ---- layouts ---- */
 
@@ -112,7 +109,7 @@ static const mil_backend mil_cuda_backend = {
     .gate_up_interleave = 8,
     .product_dtype = MIL_DTYPE_BF16,
     .weight_format = MIL_WEIGHT_BF16_ROWS,
-    .lora_v_rank = MAX_LORA_RANK,
+    .lora_v_rank = MIL_MAX_LORA_RANK, /* one for every batch: a captured launch serves any ranks */
     .logit_block = 512,
     .packed_bytes = packed_bytes,
     .pack = mil_cuda_pack,

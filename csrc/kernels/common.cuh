@@ -1,5 +1,5 @@
 /* Device code that kernels share: launches, 16-byte vectors of bfloat16, reductions, and the PTX of
- * the portable path (sm_80 on) in one-line helpers. Hopper's wgmma and TMA live in sm90.cuh. */
+ * the portable path (sm_80 on) in one-line helpers. */
 #pragma once
 
 #include "kernels/cuda.h"

@@ -14,8 +14,8 @@
 extern "C" {
 #endif
 
-/* Which kernels run: `x.cu` anywhere, `x_sm90.cu` on Hopper alone. MILPY_CUDA_PATH=portable forces
- * the first. */
+/* Which kernels run: `x.cu` anywhere, `x_sm90.cu` on Hopper alone where an op has one (none has
+ * yet). MILPY_CUDA_PATH=portable forces the first. */
 typedef enum mil_cuda_path { MIL_CUDA_PORTABLE = 0, MIL_CUDA_SM90 } mil_cuda_path;
 
 struct mil_cublas; /* cublas.h: cuBLASLt's handle, workspace and table of algorithms */

@@ -28,7 +28,7 @@ void mil_attention_place(mil_attention *attention, mil_arena *arena, const mil_b
 /* qkv has three parts, o one. */
 mil_status mil_attention_load(mil_attention *attention, mil_walk *walk, const mil_linear_names *qkv,
                               const mil_linear_names *o) MIL_WARN_UNUSED;
-/* y [T, H] float32 from x [T, H] bf16. Uses the step's wide and narrow scratch. */
+/* y [T, H] of product_dtype from x [T, H] bf16. Uses the step's wide and narrow scratch. */
 mil_status mil_attention_forward(const mil_attention *attention, const mil_step *step, void *y,
                                  const uint16_t *x) MIL_WARN_UNUSED;
 

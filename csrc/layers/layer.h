@@ -64,7 +64,7 @@ typedef struct mil_step {
     const mil_kv *kv;
     const mil_lora_table *lora;
     float *lora_v;          /* [T, MIL_MAX_PARTS * lora_rank] */
-    int32_t lora_rank;      /* largest padded rank that the batch uses; 0: no LoRA in it */
+    int32_t lora_rank;      /* v_part_stride of the batch's LoRA; 0: no LoRA in it */
     const float *cos_table; /* [positions, D / 2] */
     const float *sin_table;
     void *wide;       /* [T, max((N + 2 K) D, 2 F)] scratch of product_dtype: what a column-parallel
@@ -84,7 +84,8 @@ static inline int32_t mil_step_tokens(const mil_step *step)
     return step->batch->header->bucket_tokens;
 }
 
-/* data[n] of float32 summed over the ranks; nothing for a world of one. */
+/* data[n] of float32 summed over the ranks; nothing for a world of one. (A backend with another
+ * product_dtype serves a world of one only.) */
 mil_status mil_step_all_reduce(const mil_step *step, void *data, int64_t n) MIL_WARN_UNUSED;
 
 /* The LoRA operand of a linear with these parts, written to *storage; NULL when the batch has none.

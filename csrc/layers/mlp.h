@@ -25,7 +25,7 @@ void mil_mlp_place(mil_mlp *mlp, mil_arena *arena, const mil_backend *backend,
 /* gate_up has two parts, down one. */
 mil_status mil_mlp_load(mil_mlp *mlp, mil_walk *walk, const mil_linear_names *gate_up,
                         const mil_linear_names *down) MIL_WARN_UNUSED;
-/* y [T, H] float32 from x [T, H] bf16. Uses the step's wide and narrow scratch. */
+/* y [T, H] of product_dtype from x [T, H] bf16. Uses the step's wide and narrow scratch. */
 mil_status mil_mlp_forward(const mil_mlp *mlp, const mil_step *step, void *y, const uint16_t *x)
     MIL_WARN_UNUSED;
 

@@ -9,8 +9,6 @@
 extern "C" {
 #endif
 
-#define MIL_MAX_LORA_RANK 512
-
 /* One rank's packed adapter: a block per layer, A and B of its modules in order, and the
  * descriptors modules[layer * MIL_N_PROJECTIONS + projection] that point into it. */
 typedef struct mil_adapter {

@@ -21,8 +21,8 @@ typedef struct mil_graphs {
     struct mil_graph *choice[MIL_MAX_BUCKETS];
 } mil_graphs;
 
-/* Sizes 1, 2, 4, 8, then multiples of 8 to 128, of 16 to 256 and of 32 to 512, up to the first that
- * holds max_seqs (or max_seqs itself where that is less). No graph is there yet. */
+/* Sizes 1, 2, 4, 8, then multiples of 8 to 128, of 16 to 256 and of 32, below max_seqs or 512,
+ * whichever is less, and that number itself. No graph is there yet. */
 void mil_graphs_init(mil_graphs *graphs, int32_t max_seqs);
 void mil_graphs_deinit(mil_graphs *graphs, const mil_device *device, struct mil_queue *queue);
 /* Index of the smallest bucket that holds n sequences, -1: none. */

@@ -72,7 +72,9 @@ typedef struct mil_norm_args {
     float *x;             /* [T, H], updated where residual is given */
     const void *residual; /* [T, H] of the backend's product_dtype, or NULL */
     const float *weight;  /* [H] */
-    const int32_t *rows;  /* [n_rows] rows of x to read (out row i is x row rows[i]); NULL: all */
+    /* [n_rows] rows of x to read (out row i is x row rows[i]), ascending; NULL: all. Where a
+     * bucket's padding names row 0 again, x is left alone. */
+    const int32_t *rows;
     int32_t n_rows;
     int32_t hidden;
     float eps;
@@ -92,9 +94,10 @@ typedef struct mil_linear_args {
 } mil_linear_args;
 
 /* LoRA of one linear, over the batch's segments. v: [n_lora_rows, v_stride] float32, row i belongs
- * to lora_rows[i]; part p of the weight uses v[i, p * v_part_stride ...]. v_part_stride >= the
- * largest padded_rank in use, v_stride >= n_parts * v_part_stride. What lies there between shrink
- * and expand is the backend's affair: the CPU's v, scaled; CUDA's partial sums over K. */
+ * to lora_rows[i]; part p of the weight uses v[i, p * v_part_stride ...]. v_part_stride is the
+ * backend's lora_v_rank, or where that is 0 at least the largest padded_rank in use; v_stride >=
+ * n_parts * v_part_stride. What lies there between shrink and expand is the backend's affair: the
+ * CPU's v, scaled; CUDA's partial sums over K, not scaled yet. */
 typedef struct mil_lora_args {
     const mil_batch *batch;
     const mil_lora_table *table;
@@ -106,9 +109,8 @@ typedef struct mil_lora_args {
     int64_t v_part_stride;
 } mil_lora_args;
 
-/* v = scale * (x A^T) for each segment, in fp32: the product's sums, then one multiply by the
- * scale.
- */
+/* v = scale * (x A^T) for each segment, in fp32: the product's sums, then one multiply by the scale
+ * (which a backend may leave to expand). Depends on x alone, so it may run beside the product. */
 typedef struct mil_lora_shrink_args {
     mil_lora_args lora;
     const uint16_t *x; /* [T, ldx] bf16 */
@@ -116,8 +118,9 @@ typedef struct mil_lora_shrink_args {
 } mil_lora_shrink_args;
 
 /* y[row, columns of part p] += v B^T, y of the backend's product_dtype: one fp32 sum over r (on the
- * CPU a chain from 0, r ascending; v stays fp32, B is widened), one add to y, one rounding to its
- * dtype. Columns of part p are the weight's packed rows of that part. */
+ * CPU a chain from 0, r ascending, v in fp32 and B widened; on CUDA v as two bf16, to 2^-17 of
+ * itself), one add to y, one rounding to its dtype. Columns of part p are the weight's packed rows
+ * of that part. */
 typedef struct mil_lora_expand_args {
     mil_lora_args lora;
     void *y; /* [T, ldy] */
@@ -183,7 +186,7 @@ typedef struct mil_sample_args {
         *slots; /* parameters of logit_slots; last_token is written where logit_feeds says so */
     int32_t first_row;
     int32_t n_rows;
-    int32_t vocab;
+    int32_t vocab; /* CUDA: at most 2^19 */
     int64_t ld;
 } mil_sample_args;
 
@@ -243,10 +246,10 @@ typedef struct mil_device {
 #define MIL_N_FENCES 4
 
 typedef struct mil_backend {
-    const char *name; /* "cpu" */
+    const char *name; /* "cpu", "cuda" */
     const mil_device *device;
     int32_t default_page_size;
-    int32_t lora_rank_multiple; /* 16 on the CPU */
+    int32_t lora_rank_multiple; /* 16 on the CPU, 8 on CUDA */
     int32_t gate_up_interleave; /* how this backend wants gate and up merged: 16 on the CPU, 8 on
                                    CUDA */
     mil_dtype product_dtype;    /* of what a product hands to the next op: F32 on the CPU, BF16 on
@@ -261,8 +264,8 @@ typedef struct mil_backend {
     /* Pack n_rows whole rows (all K of this rank) of one part, from row `row` of it on, and be done
      * when it returns. src row i at src + i * src_stride elements of dtype; F16 and F32 are rounded
      * to bf16. src is staging of the device's alloc_host, which a device may overwrite. Thread-safe
-     * for disjoint rows of one weight that fall in different groups of 32 packed rows or not.
-     * Padding rows and columns are zero because slabs come zeroed. */
+     * for disjoint rows of one weight, whichever panel they fall in. Padding rows and columns are
+     * zero because slabs come zeroed. */
     mil_status (*pack)(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,
                        int32_t n_rows, void *src, mil_dtype dtype, int64_t src_stride);
     /* Rows of a dummy tensor straight into the weight: element (i, k) of the part is that of index
@@ -289,7 +292,7 @@ typedef struct mil_backend {
     mil_status (*act)(mil_context *, const mil_act_args *);
     mil_status (*sample)(mil_context *, const mil_sample_args *);
 
-    /* ---- composed; may be NULL. lora may be NULL or have n_segments 0 ---- */
+    /* ---- composed; may be NULL. lora: NULL or of bucket_segments 0 is none ---- */
     mil_status (*linear_lora)(mil_context *, const mil_linear_args *, const mil_lora_args *lora);
     mil_status (*gate_up_act)(mil_context *, const mil_linear_args *, const mil_lora_args *lora,
                               const mil_act_args *);

@@ -10,8 +10,10 @@
 extern "C" {
 #endif
 
+#define MIL_MAX_LORA_RANK 512 /* milpy/adapter_config.py's MAX_RANK */
+
 typedef struct mil_lora_module {
-    int32_t rank;        /* R; 0: absent */
+    int32_t rank;        /* R <= MIL_MAX_LORA_RANK; 0: absent */
     int32_t padded_rank; /* R rounded up to the backend's lora_rank_multiple */
     int32_t in;          /* columns of A of this rank (row-parallel: its slice) */
     int32_t out;         /* rows of B of this rank (column-parallel: its slice) */

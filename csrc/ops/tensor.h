@@ -5,8 +5,9 @@
  *   R LoRA rank               G LoRA segments
  *
  * In linear.c and weight.h, N and K are also the rows and columns of one weight, M its input rows,
- * as the field writes GEMM. Residual stream, product results, LoRA's v and logits are float32;
- * activations that enter a product, K and V are bfloat16. docs/numerics.md lists every rounding. */
+ * as the field writes GEMM. Residual stream, LoRA's v and logits are float32; activations that
+ * enter a product, K and V are bfloat16; what a product hands to the next op is of the backend's
+ * product_dtype. docs/numerics.md lists every rounding. */
 #pragma once
 
 #include "milpy.h"

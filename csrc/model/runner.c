@@ -359,12 +359,16 @@ static mil_status capture_all(mil_runner *runner)
     if (runner->model->backend->device->capture_begin == NULL || !runner->options.has_graphs)
         return MIL_OK;
     mil_graphs_init(graphs, limits->max_seqs);
-    for (int32_t i = 0; i < graphs->n_buckets; i++) {
-        MIL_TRY(capture_bucket(runner, i, false));
-        if (limits->max_adapter_slots > 0)
-            MIL_TRY(capture_bucket(runner, i, true));
+    /* The queue is the model's: what another driver put on it meanwhile would be captured too. */
+    mil_status status = MIL_OK;
+    pthread_mutex_lock(&runner->model->step_lock);
+    for (int32_t i = 0; i < graphs->n_buckets && status == MIL_OK; i++) {
+        status = capture_bucket(runner, i, false);
+        if (status == MIL_OK && limits->max_adapter_slots > 0)
+            status = capture_bucket(runner, i, true);
     }
-    return MIL_OK;
+    pthread_mutex_unlock(&runner->model->step_lock);
+    return status;
 }
 
 mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)

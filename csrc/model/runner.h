@@ -26,6 +26,8 @@ typedef struct mil_runner_options {
     bool poison;     /* fill pages with NaN when mil_runner_poison_page says so */
 } mil_runner_options;
 
+/* Takes all its memory and, where the device has graphs, captures the decode steps: then it waits
+ * until no other driver of the model is in a step. */
 mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)
     MIL_WARN_UNUSED;
 void mil_runner_free(mil_runner *runner);

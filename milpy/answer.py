@@ -117,7 +117,9 @@ class AnswerStream:
             token = chunk.token_ids[-1]
             chunk.stop_reason = None if token in self._eos else token
         else:
-            chunk.finish_reason = "length" if finish == _C.FINISH_LENGTH else "abort"
+            reasons: dict[int, FinishReason]
+            reasons = {_C.FINISH_LENGTH: "length", _C.FINISH_CANCELLED: "abort"}
+            chunk.finish_reason = reasons.get(finish, "error")
 
     def _logprobs(self, sample: Sample) -> dict[int, Logprob]:
         token, logprob, rank, top = sample

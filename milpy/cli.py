@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from milpy.prompts import PromptType
     from milpy.sampling import SamplingParams
 
+CHAT_COMMANDS = "/adapter NAME, /base, /reset or /exit"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
@@ -96,6 +98,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder in Hugging Face's format, or a Hub id")
     parser.add_argument("--adapter", action="append", default=[], type=_name_and_path,
                         metavar="NAME=PATH", help="a PEFT adapter; may be repeated")  # fmt: skip
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, cuda:N or auto: CUDA where it can run")  # fmt: skip
     parser.add_argument("--load-format", default="auto", choices=("auto", "dummy"),
                         help="dummy: random weights from config.json alone")  # fmt: skip
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
@@ -144,14 +148,15 @@ def run_generate(arguments: argparse.Namespace) -> int:
     show = _print_json if arguments.json else _print_answer
     for output in outputs:
         show(output, has_names=len(outputs) > 1)
-    return 0
+    # Logged already, each by name.
+    return 1 if any(output.outputs[0].error for output in outputs) else 0
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
     with _open(arguments) as llm:
         llm.get_tokenizer().check_chat_template()
         if not arguments.quiet:
-            print("/adapter NAME, /base, /reset, /exit; Ctrl-C ends an answer", file=sys.stderr)
+            print(f"{CHAT_COMMANDS}; Ctrl-C ends an answer", file=sys.stderr)
         return _Chat(llm, _sampling(arguments), arguments.system, arguments.use).run()
 
 
@@ -207,22 +212,26 @@ class _Chat:
             if line == "/exit":
                 return 0
             try:
-                if not self._obey(line) and line:
+                if line.startswith("/"):
+                    self._obey(line)
+                elif line:
                     self._answer(line)
             except RequestError as problem:
                 print(f"milpy: {problem}", file=sys.stderr)
 
-    def _obey(self, line: str) -> bool:
-        """Whether `line` was a command."""
+    def _obey(self, line: str) -> None:
+        """Run a command. A slash sends nothing to the model: one mistyped would be answered."""
+        from milpy.errors import RequestError
+
+        name, *rest = line.split(maxsplit=1)
         if line == "/reset":
             self._messages = list(self._start)
         elif line == "/base":
             self._adapter = None
-        elif line.startswith("/adapter "):
-            self._use(line.split(maxsplit=1)[1])
+        elif name == "/adapter" and rest:
+            self._use(rest[0])
         else:
-            return False
-        return True
+            raise RequestError(f"command is {line!r}, expected {CHAT_COMMANDS}")
 
     def _use(self, name: str) -> None:
         self._llm.check_adapter(name)
@@ -264,8 +273,8 @@ def _open(arguments: argparse.Namespace) -> LLM:
     from milpy.errors import RequestError
     from milpy.llm import LLM
 
-    names = """load_format tensor_parallel_size max_model_len max_num_seqs max_num_batched_tokens
-        kv_cache_bytes page_size n_threads tokenizer revision""".split()
+    names = """device load_format tensor_parallel_size max_model_len max_num_seqs
+        max_num_batched_tokens kv_cache_bytes page_size n_threads tokenizer revision""".split()
     options = {name: getattr(arguments, name) for name in names}
     adapters = dict(arguments.adapter)
     if len(adapters) < len(arguments.adapter):

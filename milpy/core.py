@@ -8,6 +8,7 @@ them. So a token costs Python one wake-up per batch, and a caller that is interr
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import secrets
 import threading
@@ -20,7 +21,7 @@ from typing import Any, Protocol, TypeVar, cast
 from milpy import _C
 from milpy.adapter_table import AdapterTable
 from milpy.answer import AnswerStream, Chunk, Sample
-from milpy.errors import EngineError, RequestError
+from milpy.errors import AnswerError, EngineError, MilpyError, RequestError
 from milpy.interrupt import HeldInterrupt
 from milpy.loading import EngineOptions, load
 from milpy.outputs import LoRARequest, RequestOutput
@@ -29,6 +30,8 @@ from milpy.sampling import SamplingParams
 from milpy.strict_json import show
 
 MAX_EVENTS = 1024
+
+_log = logging.getLogger("milpy")
 
 T = TypeVar("T")
 
@@ -70,7 +73,7 @@ class Job:
         self.request = request
         self.stream = stream
         self.sink = sink
-        self.error: Exception | None = None
+        self.error: MilpyError | None = None  # AnswerError: of this answer alone
         self.is_closed = False  # the engine holds nothing of it any more
 
 
@@ -110,11 +113,19 @@ class Core:
         except BaseException:
             self._give_back()
             raise
+        # A length that was asked for is held or refused; the model's own may have been cut.
+        context = stats["max_model_len"]
+        if context < self.config.context_length(options.max_model_len):
+            _log.warning(
+                "%s: the context is %d tokens, cut from the model's %d to what %d bytes of KV "
+                "pages hold",
+                self.folder,
+                context,
+                self.config.context_length(),
+                stats["kv_bytes"],
+            )
         self.reader = PromptReader(
-            self.tokenizer,
-            loaded.missing_tokenizer,
-            self.config.vocab_size,
-            stats["max_model_len"],
+            self.tokenizer, loaded.missing_tokenizer, self.config.vocab_size, context
         )
         # Daemons: whoever forgets close() must not keep the interpreter from ending.
         self._runner = threading.Thread(target=self._run, name="milpy-engine", daemon=True)
@@ -328,15 +339,16 @@ class Core:
             job.error = EngineError(f"the engine has failed: {self._failure}")
         elif finish == _C.FINISH_NUMERICS:
             voice = show(job.request.adapter) if job.request.adapter else "the base model"
-            job.error = EngineError(
+            job.error = AnswerError(
                 f"request {job.id}: the logits of {voice} are not finite, expected finite ones"
             )
         try:
             return job.stream.push(sample, finish)
         except Exception as problem:  # one answer's text must not end everybody's
-            job.error = problem
+            job.error = AnswerError(f"request {job.id}: {problem}")
+            job.error.__cause__ = problem
             job.stream.is_finished = True
-            return Chunk(finish_reason="abort")
+            return Chunk(finish_reason="error")
 
     def _close_orphans(self) -> None:
         """Nobody may wait for an event that cannot come."""

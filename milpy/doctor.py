@@ -102,16 +102,17 @@ def _gpu() -> str:
 
 
 def _cuda() -> str:
-    """Whether the CUDA backend will be used, and why not."""
+    """Whether the CUDA backend can run, and why not. Where a GPU is there and a library is not,
+    device auto is an error as well, so this does not say what will be used instead."""
     try:
         from milpy import _C, wheels  # noqa: PLC0415 - its absence was told before
     except ImportError:
-        return "not used: no extension"
+        return "cannot run: no extension"
     wheels.add_library_dirs()
     try:
         report = _C.device_report("cuda")
     except MilpyError as problem:
-        return f"not used: {problem}"
+        return f"cannot run: {problem}"
     total, free = report["memory_bytes"] / 2**30, report["memory_free_bytes"] / 2**30
     return f"will be used; {free:.1f} GiB of {total:.1f} GiB are free"
 
@@ -126,6 +127,6 @@ def _environment() -> str:
     """Variables that change what milpy does."""
     names = (
         "MILPY_CPU_ISA", "MILPY_CUDA_PATH", "MILPY_CUDA_PDL", "MILPY_CUBLASLT", "CUDA_HOME",
-        "CUDA_VISIBLE_DEVICES", "MILPY_POISON", "HF_HOME", "HF_HUB_OFFLINE",
+        "CUDA_VISIBLE_DEVICES", "MILPY_CHECK", "MILPY_POISON", "HF_HOME", "HF_HUB_OFFLINE",
     )  # fmt: skip
     return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "-"

@@ -40,5 +40,9 @@ class EngineError(MilpyError, RuntimeError):
     """The engine failed or is closed; the request that saw this was not to blame."""
 
 
+class AnswerError(MilpyError, RuntimeError):
+    """One answer could not go on, its logits not being finite, say. The engine and others do."""
+
+
 class OutOfMemoryError(MilpyError, MemoryError):
     """An allocation failed, or a memory budget is too small for what was asked."""

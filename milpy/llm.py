@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from milpy.answer import Answer, Chunk
 from milpy.core import Core, Job, Request
-from milpy.errors import EngineError, RequestError
+from milpy.errors import AnswerError, RequestError
 from milpy.interrupt import HeldInterrupt
 from milpy.loading import EngineOptions
 from milpy.outputs import LoRARequest, RequestOutput
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from milpy.chat_template import Message
 
 WAIT_SECONDS = 0.1  # between looks at Ctrl-C
+
+_log = logging.getLogger("milpy")
 
 
 class LLM:
@@ -102,8 +105,9 @@ class LLM:
 
         A prompt is text, a list of token ids, or a dict of either; integers alone are one prompt.
         sampling_params and adapter are for all prompts, or lists with an entry for each (None: the
-        defaults, the base model). A bad prompt, parameter or name is an error before anything runs;
-        an answer whose logits are not finite (EngineError) is raised when all have ended.
+        defaults, the base model). A bad prompt, parameter or name is an error before anything runs.
+        An answer whose logits are not finite ends with finish_reason "error", is logged, and takes
+        no other answer with it.
         """
         reader = self._core.reader
         read = [
@@ -140,6 +144,7 @@ class LLM:
         """Answer one prompt or conversation; each item holds all that there is of it so far.
 
         Text grows by whole characters and is never taken back. Leaving the loop cancels the rest.
+        AnswerError where it cannot go on.
         """
         reader = self._core.reader
         if _is_conversation(prompt):
@@ -291,8 +296,14 @@ class _Batch:
                     return
 
     def result(self, job: Job) -> RequestOutput:
-        raise_error(job)
-        return make_output(job, self._answer(job))
+        """Raises what is wrong with the engine; what is wrong with this answer is in the answer."""
+        if not isinstance(job.error, AnswerError):
+            raise_error(job)
+        output = make_output(job, self._answer(job))
+        if job.error is not None:
+            _log.error("%s", job.error)
+            output.outputs[0].error = str(job.error)
+        return output
 
     def _answer(self, job: Job) -> Answer:
         if job not in self._answers:
@@ -323,10 +334,8 @@ def make_output(job: Job, answer: Answer) -> RequestOutput:
 
 
 def raise_error(job: Job) -> None:
-    if isinstance(job.error, EngineError):
-        raise job.error
     if job.error is not None:
-        raise EngineError(f"request {job.id}: {job.error}") from job.error
+        raise job.error
 
 
 def _is_conversation(value: object) -> bool:

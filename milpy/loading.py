@@ -19,6 +19,7 @@ from milpy.config import ModelConfig, eos_token_ids, read_generation_config, rea
 from milpy.errors import ConfigError, RequestError
 from milpy.hub import resolve_model
 from milpy.interrupt import HeldInterrupt
+from milpy.outputs import check_adapter_name
 from milpy.sampling import check_integer
 from milpy.strict_json import show
 from milpy.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -74,9 +75,22 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None:
                 check_integer(name, value, 1, high)
-        share = self.gpu_memory_utilization
-        if share is not None and not 0.0 < share <= 1.0:
-            raise ConfigError(f"gpu_memory_utilization is {share}, expected above 0 and up to 1")
+        share: object = self.gpu_memory_utilization
+        if share is not None and not (
+            isinstance(share, int | float) and not isinstance(share, bool) and 0.0 < share <= 1.0
+        ):
+            raise ConfigError(
+                f"gpu_memory_utilization is {show(share)}, expected a number above 0 and up to 1"
+            )
+        eager: object = self.enforce_eager
+        if not isinstance(eager, bool):
+            raise ConfigError(f"enforce_eager is {show(eager)}, expected True or False")
+        if self.adapters is not None and not isinstance(self.adapters, Mapping):
+            raise RequestError(
+                f"adapters is {show(self.adapters)}, expected a dict of names and folders"
+            )
+        for name in self.adapters or {}:
+            check_adapter_name(name)  # before the weights are read
         if self.page_size is not None:
             expected = ", ".join(map(str, PAGE_SIZES))
             if type(self.page_size) is not int or self.page_size not in PAGE_SIZES:

@@ -9,7 +9,7 @@ from typing import Literal
 from milpy.errors import RequestError
 from milpy.strict_json import show
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -62,6 +62,7 @@ class CompletionOutput:
     `token_ids` ends with the token that ended the answer: an EOS, one of stop_token_ids, or the one
     that completed a stop string. The text of that ending is cut from `text` unless
     include_stop_str_in_output. Without a tokenizer in the model's folder `text` stays empty.
+    Where finish_reason is "error", `error` says what went wrong, and the rest is what came before.
     """
 
     index: int = 0
@@ -71,6 +72,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None  # per token: the chosen one and the n best
     finish_reason: FinishReason | None = None  # None while it runs
     stop_reason: int | str | None = None  # the stop string or stop token; None for EOS
+    error: str | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None

@@ -14,7 +14,9 @@ mil_status mil_backend_find(const mil_backend **out, const char *device)
 #ifdef MIL_WITH_CUDA
     return mil_cuda_backend_find(out);
 #else
-    return mil_fail(MIL_ERR_DEVICE, "this build has no CUDA (MILPY_CUDA=0 or no nvcc found)");
+    return mil_fail(
+        MIL_ERR_DEVICE,
+        "this build has no CUDA: MILPY_CUDA was 0, or auto and no GPU or nvcc was found");
 #endif
 }
 

@@ -40,11 +40,12 @@ def show_demo(prompts: Sequence[str] | None, n: int, *, is_quiet: bool) -> int:
         output.outputs[0].text == answer for output, answer in zip(outputs, expected, strict=False)
     )
     n_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    cpu = f"{facts['n_threads']} threads, {facts['isa']}"
     compared = f", {n_right} of {len(expected)} answers exactly right" if expected else ""
     print(
         f"{len(outputs)} requests in one batch, {len(demo.ADAPTERS)} adapters and the base"
         f"{compared}: {n_tokens} tokens, {n_tokens / seconds:.0f} tok/s, "
-        f"{facts['n_threads']} threads, {facts['isa']}"
+        f"{cpu if facts['device'] == 'cpu' else facts['device']}"
     )
     return 0
 

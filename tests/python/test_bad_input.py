@@ -17,9 +17,9 @@ from helpers.tiny_tokenizer import VOCAB, byte_bpe, write_tokenizer
 from milpy import _C, LLM, SamplingParams
 from milpy.errors import (
     AdapterError,
+    AnswerError,
     CheckpointError,
     ConfigError,
-    EngineError,
     HubError,
     MilpyError,
     RequestError,
@@ -121,6 +121,10 @@ def test_a_spoilt_model_is_named_and_nothing_is_held(
         ({"seed": -1}, RequestError, "seed is -1, expected"),
         ({"revision": "main"}, HubError, "expected no revision"),
         ({"tokenizer": "/nowhere"}, HubError, "/nowhere: no such folder"),
+        ({"gpu_memory_utilization": 0}, ConfigError, "gpu_memory_utilization is 0, expected"),
+        ({"gpu_memory_utilization": "all"}, ConfigError, 'is "all", expected a number'),
+        ({"enforce_eager": 1}, ConfigError, "enforce_eager is 1, expected True or False"),
+        ({"adapters": ["a"]}, RequestError, r'adapters is \["a"\], expected a dict'),
         ({"adapters": {"a b": "x"}}, RequestError, 'adapter name is "a b", expected'),
         ({"adapters": {"a": "/nowhere"}}, HubError, "/nowhere: no such folder"),
     ],
@@ -261,15 +265,20 @@ def not_finite(root: Path) -> Path:
 
 
 def test_logits_that_are_not_finite_end_their_request_alone(
-    llm: LLM, model: Path, tmp_path: Path
+    llm: LLM, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once the pump waited for ever for the engine to die of it, and every other caller with it."""
     write_adapter(tmp_path / "huge", model, rank=4, gain=1e36)  # finite, but not what comes of it
     llm.load_adapter("huge", tmp_path / "huge")
     (expected,) = llm.generate([[1, 2]], GREEDY, adapter="a", use_tqdm=False)
     other = llm.stream([1, 2], GREEDY, adapter="a")
-    with pytest.raises(EngineError, match='"huge" are not finite, expected'):
-        llm.generate([[1, 2]], GREEDY, adapter="huge", use_tqdm=False)
+    with pytest.raises(AnswerError, match='"huge" are not finite, expected'):
+        list(llm.stream([1, 2], GREEDY, adapter="huge"))
+    bad, good = llm.generate([[1, 2]] * 2, GREEDY, adapter=["huge", "a"], use_tqdm=False)
+    assert bad.finished and bad.outputs[0].finish_reason == "error"
+    assert bad.outputs[0].token_ids == [] and '"huge" are not finite' in bad.outputs[0].error
+    assert good.outputs == expected.outputs and good.outputs[0].error is None
+    assert [r.levelname for r in caplog.records if "not finite" in r.message] == ["ERROR"]
     *_, last = other
     assert last.outputs == expected.outputs
     assert llm.generate([[1, 2]], GREEDY, adapter="a", use_tqdm=False)[0].outputs == last.outputs

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from milpy import _C, LLM, SamplingParams, core
-from milpy.errors import EngineError, RequestError
+from milpy.errors import AnswerError, EngineError, RequestError
 
 FOREVER = SamplingParams(ignore_eos=True)
-STATS = {"max_model_len": 64, "n_running": 0, "n_waiting": 0}
+STATS = {"max_model_len": 64, "n_running": 0, "n_waiting": 0, "kv_bytes": 0}
 
 
 class ScriptedEngine:
@@ -142,7 +142,7 @@ def test_a_fault_in_one_answers_text_stays_its_own(
         2: [(_C.FINISH_NONE, token(65)), (_C.FINISH_LENGTH, token(67))],
     }
     bad, good = (scripted.stream([1], FOREVER) for _ in range(2))
-    with pytest.raises(EngineError, match="request 1: out of range"):
+    with pytest.raises(AnswerError, match="request 1: out of range"):
         list(bad)
     assert [output.finished for output in good] == [False, True]
     assert 1 in engine_of(scripted).cancelled

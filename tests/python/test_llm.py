@@ -99,6 +99,18 @@ def test_small_steps_and_scarce_pages_change_no_bit(folders: Path, llm: LLM, ada
         assert stats["n_free_pages"] == stats["n_pages"]
 
 
+def test_a_context_cut_to_the_memory_is_said(
+    folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kv_bytes_per_token = 2 * 2 * 2 * 32 * 2
+    options = {"kv_cache_bytes": kv_bytes_per_token * 64, "progress": False}
+    with LLM(folders / "model", max_model_len=40, **options):
+        assert "the context is" not in caplog.text
+    with LLM(folders / "model", **options) as cut:
+        length = cut.stats()["max_model_len"]
+        assert f"the context is {length} tokens, cut from the model's" in caplog.text
+
+
 def test_a_seed_gives_the_same_tokens_in_any_batch(llm: LLM) -> None:
     params = SamplingParams(temperature=1.5, max_tokens=16, seed=7, ignore_eos=True)
     (alone,) = llm.generate([PROMPTS[0]], params, use_tqdm=False)

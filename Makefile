@@ -247,19 +247,21 @@ demo: $(VENV)/.stamp-base     ## set up, then one batch: the base and three adap
 	@$(MAKE) ext PYTHON=$(VPY)
 	$(VENV)/bin/milpy demo
 
+# These are the CPU's tests, and LLM's device is auto: where there is a GPU they must not see it.
+NO_GPU := CUDA_VISIBLE_DEVICES=
 MARKS ?= not ref and not gpu and not multigpu
 test: $(VENV)/.stamp-test     ## set up, then the C tests and every pytest that needs no GPU and no torch
 	@$(MAKE) ext PYTHON=$(VPY)
 	@$(MAKE) $(SHIM)
 	@$(MAKE) test-c
-	$(VPY) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
+	$(NO_GPU) $(VPY) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
 
 test-c: $(TESTS)              ## the C tests, linked with the core
 	@failed=0; for t in $(TESTS); do echo "== $$t"; ./$$t || failed=1; done; exit $$failed
 
 test-ref: $(VENV)/.stamp-ref  ## compare with transformers and peft, live
 	@$(MAKE) ext PYTHON=$(VPY)
-	MILPY_TEST_REF=1 $(VPY) -m pytest -m ref $(PYTEST_ARGS)
+	$(NO_GPU) MILPY_TEST_REF=1 $(VPY) -m pytest -m ref $(PYTEST_ARGS)
 
 # pytest's 5 says that it ran no test: that is what skips and deselects amount to, and no failure.
 GPU_TESTS := -m pytest -rs -m "gpu or multigpu" $(PYTEST_ARGS)

@@ -292,7 +292,7 @@ run-fuzzers: $(FUZZERS)
 # ---- form ----
 
 C_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/kernels/*.cu csrc/kernels/*.cuh tests/c/*.h tests/c/*.c tests/shim/*.h \
-	tests/shim/*.c tests/fuzz/*.h tests/fuzz/*.c)
+	tests/shim/*.c tests/fuzz/*.h tests/fuzz/*.c benchmarks/*.h benchmarks/*.c benchmarks/*.cu)
 
 format: $(VENV)/.stamp-dev    ## rewrite C and Python in the house's format
 	$(VENV)/bin/clang-format -i $(C_FILES)

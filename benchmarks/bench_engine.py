@@ -75,7 +75,9 @@ class Bench:
         self.shape = shape
         self._folder = shape.write_config(folder / shape.name)
         config = read_model_config(self._folder)
-        self.model = _C.Model(config, None, max_position=4096, n_threads=n_threads, dummy_seed=1)
+        self.model = _C.Model(
+            config, None, max_position=4096, device="cpu", n_threads=n_threads, dummy_seed=1
+        )
         self.n_threads = self.model.report()["n_threads"]
         self.isa = self.model.report()["isa"]
         self.machine = Machine(self.n_threads)

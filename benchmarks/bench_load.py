@@ -101,7 +101,7 @@ def ceiling_gbs(path: Path, n_threads: int) -> float:
 
 def load_seconds(config: ModelConfig, checkpoint: Checkpoint, n_threads: int) -> float:
     begin = time.perf_counter()
-    model = _C.Model(config, checkpoint, max_position=4096, n_threads=n_threads)
+    model = _C.Model(config, checkpoint, max_position=4096, device="cpu", n_threads=n_threads)
     seconds = time.perf_counter() - begin
     model.close()
     return seconds

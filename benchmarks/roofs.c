@@ -142,7 +142,8 @@ EXPORT double roof_read_gbs(const void *buffer, size_t n_bytes, int n_threads, c
     size_t first = __builtin_cpu_supports("avx512bw") ? 0 : 3;
     double best = 0;
     for (size_t i = first; i < sizeof wide / sizeof wide[0]; i++) {
-        double rate = (double)n_bytes / 1e9 / run(wide[i], buffer, NULL, n_bytes, 0, n_threads, cpus);
+        double rate =
+            (double)n_bytes / 1e9 / run(wide[i], buffer, NULL, n_bytes, 0, n_threads, cpus);
         if (rate > best)
             best = rate;
     }
@@ -177,7 +178,9 @@ EXPORT double roof_copy_gbs(void *to, const void *from, size_t n_bytes, int n_th
             __asm__ volatile("" ::: "memory");                                                     \
         }                                                                                          \
         _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++)                                  \
+        {                                                                                          \
             __asm__ volatile("" ::"v"(acc[i]));                                                    \
+        }                                                                                          \
     }
 
 #define PAIRS ((__m512bh)_mm512_set1_epi32(0x3c003c01))

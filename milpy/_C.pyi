@@ -73,6 +73,46 @@ def memory_calls() -> int: ...
 def device_report(device: str, /) -> _DeviceReport: ...
 def add_library_dir(directory: str, /) -> None: ...
 
+# One op each, for milpy.ops: a device (None: where the arrays lie), a stream's handle, then NumPy
+# arrays or DLPack capsules, which are consumed.
+_Operand: TypeAlias = object
+
+def op_rms_norm(
+    device: str | None,
+    stream: int,
+    out: _Operand,
+    x: _Operand,
+    weight: _Operand,
+    residual: _Operand | None,
+    eps: float,
+    /,
+) -> None: ...
+def op_silu_and_mul(
+    device: str | None, stream: int, out: _Operand, gate_up: _Operand, interleave: int, /
+) -> None: ...
+def op_linear(
+    device: str | None,
+    stream: int,
+    out: _Operand,
+    x: _Operand,
+    weight: _Operand,
+    bias: _Operand | None,
+    deterministic: bool,
+    /,
+) -> None: ...
+def op_embedding(
+    device: str | None, stream: int, out: _Operand, tokens: _Operand, weight: _Operand, /
+) -> None: ...
+def op_sample(
+    device: str | None,
+    stream: int,
+    out: _Operand,
+    logits: _Operand,
+    params: _Operand,
+    positions: _Operand,
+    /,
+) -> None: ...
+
 @final
 class Progress:
     def __new__(cls) -> Progress: ...

@@ -1,7 +1,7 @@
 /* The one place that knows which backends a build has. */
 #include "ops/find.h"
 
-#include "ops/backend.h"
+#include "ops/borrow.h"
 
 #include <string.h>
 
@@ -27,4 +27,14 @@ void mil_backend_add_library_dir(const char *dir)
 #else
     (void)dir;
 #endif
+}
+
+const mil_borrow *mil_backend_borrow(const mil_backend *backend)
+{
+#ifdef MIL_WITH_CUDA
+    if (!backend->device->is_host)
+        return &mil_cuda_borrow;
+#endif
+    (void)backend;
+    return &mil_host_borrow;
 }

@@ -2,6 +2,8 @@
 #define MIL_IMPORTS_NUMPY
 #include "python/convert.h"
 #include "python/device.h"
+#include "python/ops.h"
+#include "python/place.h"
 
 #include "base/memory.h"
 
@@ -33,6 +35,10 @@ static PyObject *memory_calls(PyObject *module, PyObject *unused)
     return PyLong_FromUnsignedLongLong(mil_memory_calls());
 }
 
+#define OP(name, arguments)                                                                        \
+    {"op_" #name, mil_py_op_##name, METH_VARARGS,                                                  \
+     "op_" #name "(device, stream, " arguments "); see milpy.ops." #name "."}
+
 static PyMethodDef methods[] = {
     {"machine_report", machine_report, METH_NOARGS,
      "What this machine offers: isa, isa_available, n_threads, n_cpus_affinity, cgroup_cpus,\n"
@@ -46,6 +52,11 @@ static PyMethodDef methods[] = {
      "memory_free_bytes. Raises EngineError, which says what is missing."},
     {"add_library_dir", mil_py_add_library_dir, METH_O,
      "One more directory to find NVIDIA's libraries in, before a model is made."},
+    OP(rms_norm, "out, x, weight, residual, eps"),
+    OP(silu_and_mul, "out, gate_up, interleave"),
+    OP(linear, "out, x, weight, bias, deterministic"),
+    OP(embedding, "out, tokens, weight"),
+    OP(sample, "out, logits, params, positions"),
     {NULL, NULL, 0, NULL},
 };
 
@@ -131,6 +142,9 @@ static int clear(PyObject *module)
 
 static void module_free(void *module)
 {
+    mil_module_state *state = PyModule_GetState(module);
+    mil_places_free(state->places);
+    state->places = NULL;
     (void)clear(module);
 }
 

@@ -25,6 +25,7 @@ typedef struct mil_module_state {
     PyTypeObject *engine;
     PyTypeObject *stepper;
     PyTypeObject *seq;
+    struct mil_places *places; /* place.h: where milpy.ops run; NULL until one does */
 } mil_module_state;
 
 /* self is of one of our final types, so its type's module is this one. */

@@ -1,0 +1,74 @@
+/* What milpy.ops needs of a device beyond backend.h: ops on a caller's stream, over a caller's
+ * arrays.
+ *
+ * There is no plan on the host here: counts follow from the shapes of the arrays, the arrays
+ * themselves lie where ops read them. All of it is queued, so that a caller may capture it. */
+#pragma once
+
+#include "ops/backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MIL_BORROW_FEW 8
+
+/* *to = counts, few_to[i] = few[i], iota[i] = i, ones[i] = 1. NULL: not wanted. */
+typedef struct mil_borrow_fill {
+    mil_plan_header counts;
+    mil_plan_header *to;
+    int32_t few[MIL_BORROW_FEW];
+    int32_t *few_to; /* [MIL_BORROW_FEW] */
+    int32_t *iota;   /* [n_iota] */
+    int32_t *ones;   /* [n_ones] */
+    int32_t n_iota, n_ones;
+} mil_borrow_fill;
+
+/* Descriptors of adapters that lie one after another, of one linear; the n_slots - n_adapters after
+ * them are absent. */
+typedef struct mil_borrow_modules {
+    mil_lora_module *to; /* [n_slots][MIL_N_PROJECTIONS], projection 0 is written */
+    int32_t n_slots, n_adapters;
+    mil_lora_module first;   /* adapter 0's; scale where scales is NULL */
+    const float *scales;     /* [n_adapters] or NULL */
+    size_t a_bytes, b_bytes; /* from one adapter to the next */
+} mil_borrow_modules;
+
+/* LoRA's v between the caller's [n_rows, rank] and what shrink leaves, expand reads. */
+typedef struct mil_borrow_v {
+    float *v;
+    int64_t v_stride;
+    float *plain; /* [n_rows, rank] */
+    int32_t n_rows, rank, padded_rank, in;
+    int32_t n_segments;
+    const int32_t *segment_indptr, *segment_adapter; /* where ops read them */
+    const mil_lora_module *modules;
+} mil_borrow_v;
+
+typedef struct mil_borrow {
+    /* What is queued goes to `stream` (a cudaStream_t; NULL: the legacy default stream) until
+     * another is swapped in; returns the one before. The queue's own must be back before it
+     * allocates, copies or is closed. From the first swap on no launch of the queue overlaps the
+     * kernel before it: ops read weights early, and here a caller's kernel may have written them.
+     */
+    void *(*swap_stream)(struct mil_queue *queue, void *stream);
+    mil_status (*fill)(struct mil_queue *queue, const mil_borrow_fill *args);
+    mil_status (*write_modules)(struct mil_queue *queue, const mil_borrow_modules *args);
+    /* plain = what shrink left, summed and scaled. */
+    mil_status (*gather_v)(struct mil_queue *queue, const mil_borrow_v *args);
+    /* v = plain, for an expand whose modules have in 1 and scale 1. */
+    mil_status (*spread_v)(struct mil_queue *queue, const mil_borrow_v *args);
+    /* What begin notes of a batch for attention, from the device's arrays. */
+    mil_status (*plan_attention)(mil_context *context, const mil_begin_args *args);
+} mil_borrow;
+
+/* That of a backend; never NULL. */
+const mil_borrow *mil_backend_borrow(const mil_backend *backend);
+
+/* What it chooses among. */
+extern const mil_borrow mil_host_borrow;
+extern const mil_borrow mil_cuda_borrow;
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,46 @@
+/* An array of Python's as an op sees it: a NumPy array, or a DLPack capsule of another library.
+ *
+ * DLPack's ABI is declared in tensor.c (dlpack.h 1.0 and the unversioned struct before it). A
+ * capsule is consumed: its tensor is given back by its own deleter when the operand is released. */
+#pragma once
+
+#include "python/state.h"
+
+#define MIL_MAX_DIMS 4
+
+typedef struct mil_operand {
+    const char *name; /* as errors say it */
+    char *data;
+    size_t n_bytes;
+    int32_t n_dims;
+    int32_t shape[MIL_MAX_DIMS];
+    mil_dtype dtype; /* uint16 counts as the bits of bfloat16 */
+    bool is_cuda;
+    int32_t ordinal;
+    bool is_read_only;
+    bool is_written; /* by this op */
+    PyObject *array; /* a NumPy array, or NULL */
+    void *managed;   /* a DLPack tensor, or NULL */
+    bool is_versioned;
+    void *copy; /* of index arrays of the host: what is checked must not change */
+} mil_operand;
+
+/* Fill *out from a NumPy array or a capsule; needs the GIL. Refuses what no op takes: an unknown
+ * dtype or device, more than MIL_MAX_DIMS dimensions, rows with gaps, addresses that are no
+ * multiple of 16. On failure nothing is held. */
+mil_status mil_operand_take(mil_operand *out, const char *op, const char *name, PyObject *object)
+    MIL_WARN_UNUSED;
+void mil_operand_release(mil_operand *operand);
+
+/* dtype and shape must be these; a size of MIL_ANY is any. What is written must be writable. */
+#define MIL_ANY (-1)
+mil_status mil_operand_expect(const mil_operand *operand, const char *op, mil_dtype dtype,
+                              int32_t n_dims, const int32_t *shape) MIL_WARN_UNUSED;
+
+/* "bfloat16 [3, 8]" */
+#define MIL_OPERAND_TEXT 96
+void mil_operand_describe(char text[MIL_OPERAND_TEXT], mil_dtype dtype, int32_t n_dims,
+                          const int32_t *shape);
+
+/* Replace the data of a host operand by a copy of its own. */
+mil_status mil_operand_copy(mil_operand *operand) MIL_WARN_UNUSED;

@@ -17,7 +17,6 @@ static mil_status shrink_beside(const mil_context *context, const mil_lora_shrin
     mil_queue side = beside(context->queue);
     mil_context there = *context;
     there.queue = &side;
-    MIL_CUDA_TRY(cudaEventRecord(context->queue->fork, context->queue->stream));
     MIL_CUDA_TRY(cudaStreamWaitEvent(side.stream, side.fork, 0));
     MIL_TRY(mil_cuda_lora_shrink(&there, args));
     MIL_CUDA_TRY(cudaEventRecord(side.join, side.stream));
@@ -32,8 +31,10 @@ mil_status mil_cuda_linear_lora(mil_context *context, const mil_linear_args *lin
     const mil_lora_shrink_args shrink = {.lora = *lora, .x = linear->x, .ldx = linear->ldx};
     const mil_lora_expand_args expand = {
         .lora = *lora, .y = linear->y, .ldy = linear->ldy, .weight = linear->weight};
-    MIL_TRY(shrink_beside(context, &shrink));
+    /* The product first: its blocks fill an SM's registers, and find no room beside shrink's. */
+    MIL_CUDA_TRY(cudaEventRecord(context->queue->fork, context->queue->stream));
     MIL_TRY(mil_cuda_linear(context, linear));
+    MIL_TRY(shrink_beside(context, &shrink));
     MIL_CUDA_TRY(cudaStreamWaitEvent(context->queue->stream, context->queue->join, 0));
     return mil_cuda_lora_expand(context, &expand);
 }

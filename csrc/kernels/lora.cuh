@@ -11,7 +11,6 @@
 #define MIL_LORA_TILE_ROWS 16             /* rows of one mma */
 #define MIL_LORA_SPLIT_K 1024             /* K that one block sums: 32 KB of A at rank 16 */
 #define MIL_LORA_V_PART MIL_MAX_LORA_RANK /* floats of a part's stretch of v: lora_v_rank */
-#define MIL_LORA_BLOCKS_PER_SM 6
 
 /* A tile: rows lora_rows[first .. first + n_rows) of one adapter. n_rows 0: there is no such tile.
  */
@@ -62,17 +61,6 @@ static inline uint32_t mil_lora_max_tiles(const mil_batch *batch, int32_t n_slot
     int32_t n_tokens = batch->header->bucket_tokens;
     int32_t n_segments = n_tokens < n_slots ? n_tokens : n_slots;
     return (uint32_t)(n_tokens / tile_rows + n_segments);
-}
-
-/* Blocks that walk over the tiles, beside `others` in the grid's other dimensions: as many as fill
- * the GPU, since how many tiles there are is known on the device alone, and a block for each one
- * that there might be costs more than the work (68 for 64 rows, where one adapter's are 4). */
-static inline uint32_t mil_lora_walkers(const mil_queue *queue, const mil_lora_args *lora,
-                                        int32_t tile_rows, uint32_t others)
-{
-    uint32_t most = mil_lora_max_tiles(lora->batch, lora->table->n_slots, tile_rows);
-    uint32_t wanted = ((uint32_t)queue->n_sms * MIL_LORA_BLOCKS_PER_SM + others - 1) / others;
-    return most < wanted ? most : wanted;
 }
 
 static __host__ __device__ __forceinline__ int32_t mil_lora_splits(int32_t in, int32_t padded_rank)

@@ -112,6 +112,63 @@ def op_sample(
     positions: _Operand,
     /,
 ) -> None: ...
+def op_rope(
+    device: str | None,
+    stream: int,
+    out: _Operand,
+    x: _Operand,
+    positions: _Operand,
+    cos: _Operand,
+    sin: _Operand,
+    interleaved: bool,
+    /,
+) -> None: ...
+def op_rope_and_cache(
+    device: str | None,
+    stream: int,
+    out: _Operand,
+    qkv: _Operand,
+    positions: _Operand,
+    cos: _Operand,
+    sin: _Operand,
+    k_cache: _Operand,
+    v_cache: _Operand,
+    page_table: _Operand,
+    query_indptr: _Operand,
+    kv_lengths: _Operand,
+    interleaved: bool,
+    /,
+) -> None: ...
+def op_attention(
+    device: str | None,
+    stream: int,
+    out: _Operand,
+    q: _Operand,
+    k_cache: _Operand,
+    v_cache: _Operand,
+    page_table: _Operand,
+    query_indptr: _Operand,
+    kv_lengths: _Operand,
+    scale: float,
+    window: int,
+    softcap: float,
+    /,
+) -> None: ...
+def op_lora(
+    device: str | None,
+    stream: int,
+    y: _Operand | None,
+    x: _Operand | None,
+    a: _Operand | None,
+    v: _Operand | None,
+    b: _Operand | None,
+    segment_indptr: _Operand,
+    segment_adapter: _Operand,
+    rows: _Operand,
+    scales: _Operand | None,
+    scale: float,
+    /,
+) -> None: ...
 
 @final
 class Progress:

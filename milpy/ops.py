@@ -36,11 +36,18 @@ from milpy import _C, wheels
 from milpy.errors import RequestError
 
 __all__ = [
+    "attention",
     "bfloat16",
     "embedding",
     "from_bfloat16",
     "linear",
+    "lora",
+    "lora_expand",
+    "lora_shrink",
     "rms_norm",
+    "rope",
+    "rope_and_cache",
+    "rope_tables",
     "sample",
     "sampling_params",
     "silu_and_mul",
@@ -289,3 +296,188 @@ def sample(
         out = _empty("sample", logits, (n,), np.int32)
     _run(_C.op_sample, [out, logits, params, positions], device=device, stream=stream)
     return out
+
+
+# ---- rotary embedding ----
+
+
+def rope_tables(
+    n_positions: int, rotary_dim: int, theta: float = 10_000.0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """cos and sin of plain RoPE, [n_positions, rotary_dim / 2] float32: of p * theta^(-2 i / dim).
+
+    Su et al. 2021; computed in float64. Other kinds (Llama 3's) differ in these tables alone.
+    """
+    frequencies = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
+    angles = np.arange(n_positions, dtype=np.float64)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rope(
+    x: Array,
+    positions: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    interleaved: bool = False,
+    out: Array | None = None,
+    device: str | None = None,
+    stream: Stream | None = None,
+) -> Array:
+    """out = x with each head's pairs (a, b) turned: (a cos - b sin, b cos + a sin), rounded once.
+
+    x [T, N, D] bfloat16 (float32 too on the CPU), D at most 256; positions [T] int32; cos, sin
+    [n_positions, rotary_dim / 2] float32, rotary_dim <= D (columns from there on are copied); out
+    [T, N, D] bfloat16. Pairs are (d, d + rotary_dim / 2) as Hugging Face lays them out, or (2 i,
+    2 i + 1) where interleaved. RoPE: Su et al. 2021.
+    """
+    if out is None:
+        out = _empty("rope", x, _sizes("rope", "x", x, 3), _bfloat16_like(x))
+    arrays = [out, x, positions, cos, sin]
+    _run(_C.op_rope, arrays, interleaved, device=device, stream=stream)
+    return out
+
+
+def rope_and_cache(
+    qkv: Array,
+    positions: Array,
+    cos: Array,
+    sin: Array,
+    k_cache: Array,
+    v_cache: Array,
+    page_table: Array,
+    query_indptr: Array,
+    kv_lengths: Array,
+    *,
+    interleaved: bool = False,
+    out: Array | None = None,
+    device: str | None = None,
+    stream: Stream | None = None,
+) -> Array:
+    """out = `rope` of q; `rope` of k and v itself go to the rows of their pages, rounded once.
+
+    qkv [T, (N + 2 K) D] bfloat16 (float32 too on the CPU), q then k then v; positions, cos, sin as
+    in `rope`; k_cache, v_cache [n_pages, K, P, D] bfloat16, written, P a power of two from 16 to
+    256, D a multiple of 8 up to 256; page_table [S, max_pages] int32; query_indptr [S + 1] int32,
+    the sequences' first rows of T, from 0 to T; kv_lengths [S] int32, these tokens included: token
+    i of a sequence's n goes to row kv_length - n + i of its pages; out [T, N, D] bfloat16.
+    """
+    if out is None:
+        T, width = _sizes("rope_and_cache", "qkv", qkv, 2)
+        _, K, _, D = _sizes("rope_and_cache", "k_cache", k_cache, 4)
+        N = max(width // max(D, 1) - 2 * K, 0)
+        out = _empty("rope_and_cache", qkv, (T, N, D), np.uint16)
+    arrays = [out, qkv, positions, cos, sin]
+    arrays += [k_cache, v_cache, page_table, query_indptr, kv_lengths]
+    _run(_C.op_rope_and_cache, arrays, interleaved, device=device, stream=stream)
+    return out
+
+
+# ---- attention ----
+
+
+def attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    page_table: Array,
+    query_indptr: Array,
+    kv_lengths: Array,
+    scale: float | None = None,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    out: Array | None = None,
+    device: str | None = None,
+    stream: Stream | None = None,
+) -> Array:
+    """Causal attention of each sequence's queries over its pages: softmax(scale q k^T) v.
+
+    q [T, N, D] bfloat16, N a multiple of K; the cache's arrays as in `rope_and_cache`; out
+    [T, N, D] bfloat16. Query i of a sequence's n sees keys below kv_length - n + i + 1, of those
+    the last `window` (0: all). scale: 1 / sqrt(D) if None. softcap c > 0: scores become
+    c tanh(score / c). Online softmax in float32 (Dao 2023, FlashAttention-2), grouped heads.
+    """
+    if out is None:
+        out = _empty("attention", q, _sizes("attention", "q", q, 3), _bfloat16_like(q))
+    if scale is None:
+        scale = float(max(_sizes("attention", "q", q, 3)[2], 1)) ** -0.5
+    arrays = [out, q, k_cache, v_cache, page_table, query_indptr, kv_lengths]
+    _run(_C.op_attention, arrays, scale, window, softcap, device=device, stream=stream)
+    return out
+
+
+# ---- LoRA ----
+
+
+def _run_lora(
+    y: Array, x: Array, a: Array, v: Array, b: Array,
+    segments: Sequence[Array], scale: Array | float, device: str | None, stream: Stream | None,
+) -> None:  # fmt: skip
+    is_one = isinstance(scale, (int, float))
+    arrays = [y, x, a, v, b, *segments, None if is_one else scale]
+    _run(_C.op_lora, arrays, float(scale) if is_one else 1.0, device=device, stream=stream)
+
+
+def lora(
+    y: Array,
+    x: Array,
+    a: Array,
+    b: Array,
+    segment_indptr: Array,
+    segment_adapter: Array,
+    rows: Array,
+    scale: Array | float = 1.0,
+    *,
+    device: str | None = None,
+    stream: Stream | None = None,
+) -> Array:
+    """y[row] += scale (x[row] A^T) B^T for the rows of each segment, in float32, rounded once.
+
+    y [T, N] bfloat16 (float32 too on the CPU), written; x [T, K] bfloat16; a [E, R, K] and b
+    [E, N, R] bfloat16, E adapters of one rank R <= 512 (a multiple of 8 on a GPU; pad with zeros);
+    rows [n] int32, distinct rows of T, n <= T; segment_indptr [G + 1] int32, from 0 to n, cuts rows
+    into segments; segment_adapter [G] int32, the adapter of each; scale: one, or [E] float32.
+    Hu et al. 2021; segments as in Punica's SGMV (Chen et al. 2023).
+    """
+    segments = [segment_indptr, segment_adapter, rows]
+    _run_lora(y, x, a, None, b, segments, scale, device, stream)
+    return y
+
+
+def lora_shrink(
+    x: Array,
+    a: Array,
+    segment_indptr: Array,
+    segment_adapter: Array,
+    rows: Array,
+    scale: Array | float = 1.0,
+    *,
+    out: Array | None = None,
+    device: str | None = None,
+    stream: Stream | None = None,
+) -> Array:
+    """out[i] = scale x[rows[i]] A^T, A of the row's segment; out [n, R] float32; else as `lora`."""
+    if out is None:
+        n, R = _sizes("lora_shrink", "rows", rows, 1)[0], _sizes("lora_shrink", "a", a, 3)[1]
+        out = _empty("lora_shrink", x, (n, R), np.float32)
+    segments = [segment_indptr, segment_adapter, rows]
+    _run_lora(None, x, a, out, None, segments, scale, device, stream)
+    return out
+
+
+def lora_expand(
+    y: Array,
+    v: Array,
+    b: Array,
+    segment_indptr: Array,
+    segment_adapter: Array,
+    rows: Array,
+    *,
+    device: str | None = None,
+    stream: Stream | None = None,
+) -> Array:
+    """y[rows[i]] += v[i] B^T, B of the row's segment. v [n, R] float32; others as `lora`."""
+    segments = [segment_indptr, segment_adapter, rows]
+    _run_lora(y, None, None, v, b, segments, 1.0, device, stream)
+    return y

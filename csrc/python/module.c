@@ -57,6 +57,12 @@ static PyMethodDef methods[] = {
     OP(linear, "out, x, weight, bias, deterministic"),
     OP(embedding, "out, tokens, weight"),
     OP(sample, "out, logits, params, positions"),
+    OP(rope, "out, x, positions, cos, sin, interleaved"),
+    OP(rope_and_cache, "out, qkv, positions, cos, sin, k_cache, v_cache, page_table, query_indptr,"
+                       " kv_lengths, interleaved"),
+    OP(attention, "out, q, k_cache, v_cache, page_table, query_indptr, kv_lengths, scale, window,"
+                  " softcap"),
+    OP(lora, "y, x, a, v, b, segment_indptr, segment_adapter, rows, scales, scale"),
     {NULL, NULL, 0, NULL},
 };
 

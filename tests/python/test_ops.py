@@ -240,6 +240,221 @@ def test_what_other_ops_refuse(call: Callable[[], Any], message: str) -> None:
         call()
 
 
+# ---- over a batch ----
+
+
+def turned(x: Array, positions: Array, rotary_dim: int, interleaved: bool) -> Array:
+    x = x.astype(np.float64).copy()
+    frequency = 10_000.0 ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    angle = (positions[:, None] * frequency)[:, None]
+    half = rotary_dim // 2
+    first = slice(0, rotary_dim, 2) if interleaved else slice(0, half)
+    second = slice(1, rotary_dim, 2) if interleaved else slice(half, rotary_dim)
+    a, b = x[..., first].copy(), x[..., second].copy()
+    x[..., first] = a * np.cos(angle) - b * np.sin(angle)
+    x[..., second] = b * np.cos(angle) + a * np.sin(angle)
+    return x
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("T, N, D, rotary_dim", [(1, 1, 8, 8), (5, 3, 64, 32), (4, 2, 80, 80)])
+def test_rope(
+    rng: np.random.Generator, T: int, N: int, D: int, rotary_dim: int, interleaved: bool
+) -> None:
+    x, positions = bfloat16(normal(rng, T, N, D)), rng.integers(0, 100, T).astype(np.int32)
+    tables = ops.rope_tables(100, rotary_dim)
+    got = ops.rope(x, positions, *tables, interleaved=interleaved)
+    close(wide(got), turned(wide(x), positions, rotary_dim, interleaved), absolute=1e-5)
+
+
+class Batch:
+    """Chunks over pages in random order."""
+
+    def __init__(self, rng: np.random.Generator, lengths: list[tuple[int, int]], P: int) -> None:
+        self.lengths, self.P = lengths, P
+        self.indptr = np.cumsum([0, *(n for n, _ in lengths)]).astype(np.int32)
+        self.kv_lengths = np.array([kv for _, kv in lengths], np.int32)
+        max_pages = max(-(-kv // P) for _, kv in lengths)
+        self.n_pages = max_pages * len(lengths) + 3
+        pages = rng.permutation(self.n_pages)[: max_pages * len(lengths)]
+        self.page_table = pages.astype(np.int32).reshape(len(lengths), max_pages)
+
+    @property
+    def arrays(self) -> tuple[Array, Array, Array]:
+        return self.page_table, self.indptr, self.kv_lengths
+
+    def keys(self, cache: Array, s: int) -> Array:
+        """[kv_length, K, D] of sequence s."""
+        n = self.kv_lengths[s]
+        pages = cache[self.page_table[s, : -(-n // self.P)]]
+        return pages.transpose(0, 2, 1, 3).reshape(-1, *pages.shape[1::2])[:n]
+
+
+LENGTHS = [(1, 1), (1, 40), (5, 5), (3, 70), (1, 33)]
+
+
+def test_rope_and_cache_writes_the_rows_of_its_pages_and_no_other(
+    rng: np.random.Generator,
+) -> None:
+    N, K, D, P = 4, 2, 32, 16
+    batch = Batch(rng, LENGTHS, P)
+    T = int(batch.indptr[-1])
+    qkv = bfloat16(normal(rng, T, (N + 2 * K) * D))
+    k_cache = bfloat16(normal(rng, batch.n_pages, K, P, D))
+    v_cache = k_cache.copy()
+    before = k_cache.copy()
+    first = [kv - n for n, kv in LENGTHS]
+    positions = np.concatenate(
+        [np.arange(f, kv) for f, (_, kv) in zip(first, LENGTHS, strict=True)]
+    )
+    positions = positions.astype(np.int32)
+    q = ops.rope_and_cache(
+        qkv, positions, *ops.rope_tables(128, D), k_cache, v_cache, *batch.arrays
+    )
+    heads = wide(qkv).reshape(T, N + 2 * K, D)
+    want = turned(heads, positions, D, False)
+    close(wide(q), want[:, :N], absolute=1e-5)
+    untouched = np.ones(before.shape[0::2][:2], bool)
+    for s, (n, kv) in enumerate(LENGTHS):
+        rows = slice(batch.indptr[s], batch.indptr[s + 1])
+        close(wide(batch.keys(k_cache, s)[kv - n :]), want[rows, N : N + K], absolute=1e-5)
+        assert np.array_equal(wide(batch.keys(v_cache, s)[kv - n :]), heads[rows, N + K :])
+        for at in range(kv - n, kv):
+            untouched[batch.page_table[s, at // P], at % P] = False
+    for cache in (k_cache, v_cache):
+        same = cache.transpose(0, 2, 1, 3)[untouched] == before.transpose(0, 2, 1, 3)[untouched]
+        assert same.all()
+
+
+def attended(
+    q: Array, k: Array, v: Array, past: int, scale: float, window: int, softcap: float
+) -> Array:
+    """q [n, N, D], k and v [kv, K, D], in float64."""
+    n, N, D = q.shape
+    group = N // k.shape[1]
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    scores = np.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    at, key = past + np.arange(n)[:, None], np.arange(len(k))
+    hidden = (key > at) | ((key <= at - window) if window else False)
+    scores = np.where(hidden, -np.inf, scores)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("N, K, D, P", [(1, 1, 64, 16), (8, 2, 32, 64), (7, 1, 80, 16)])
+@pytest.mark.parametrize("window, softcap", [(0, 0.0), (7, 0.0), (0, 3.0)])
+def test_attention(
+    rng: np.random.Generator, N: int, K: int, D: int, P: int, window: int, softcap: float
+) -> None:
+    batch = Batch(rng, LENGTHS, P)
+    k_cache, v_cache = (bfloat16(normal(rng, batch.n_pages, K, P, D)) for _ in range(2))
+    q = bfloat16(normal(rng, int(batch.indptr[-1]), N, D))
+    got = wide(ops.attention(q, k_cache, v_cache, *batch.arrays, window=window, softcap=softcap))
+    for s, (n, kv) in enumerate(LENGTHS):
+        rows = slice(batch.indptr[s], batch.indptr[s + 1])
+        k, v = wide(batch.keys(k_cache, s)), wide(batch.keys(v_cache, s))
+        want = attended(wide(q[rows]), k, v, kv - n, D**-0.5, window, softcap)
+        close(got[rows], want, 1.1 * EPS, 2 * EPS)
+
+
+def bad_batch(**changed: Any) -> None:
+    arrays: dict[str, Any] = {
+        "q": np.zeros((3, 2, 32), BITS),
+        "k_cache": np.zeros((4, 1, 16, 32), BITS),
+        "v_cache": np.zeros((4, 1, 16, 32), BITS),
+        "page_table": np.array([[0, 1], [2, 3]], np.int32),
+        "query_indptr": np.array([0, 1, 3], np.int32),
+        "kv_lengths": np.array([20, 3], np.int32),
+    }
+    arrays.update(changed)
+    ops.attention(**arrays)
+
+
+def int32(*values: int) -> Array:
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"query_indptr": int32(1, 1, 3)}, r"query_indptr\[0\] is 1, expected 0 to 0"),
+        ({"query_indptr": int32(0, 4, 3)}, "an entry of query_indptr is 4, expected 0 to 3"),
+        ({"query_indptr": int32(0, 1, 2)}, "the last entry of query_indptr is 2, expected 3 to 3"),
+        ({"query_indptr": int32(0, 3)}, r"query_indptr is int32 \[2\], expected int32 \[3\]"),
+        ({"kv_lengths": int32(20, 1)}, "an entry of kv_lengths is 1, expected 2 to 32"),
+        ({"kv_lengths": int32(33, 3)}, "an entry of kv_lengths is 33, expected 1 to 32"),
+        ({"page_table": int32(0, 4, 2, 3).reshape(2, 2)}, "a page in use is 4, expected 0 to 3"),
+        ({"page_table": int32(0, -1, 2, 3).reshape(2, 2)}, "a page in use is -1, expected 0 to 3"),
+        ({"q": np.zeros((3, 2, 24), BITS)}, r"q is bfloat16 \[3, 2, 24\], expected .*, 32\]"),
+        ({"v_cache": np.zeros((4, 1, 16, 24), BITS)}, "v_cache is bfloat16"),
+        ({"window": -1}, "window is -1, expected 0 to"),
+    ],
+)
+def test_what_attention_refuses(changed: dict[str, Any], message: str) -> None:
+    bad_batch()
+    with pytest.raises(RequestError, match=message):
+        bad_batch(**changed)
+
+
+# ---- LoRA ----
+
+
+@pytest.mark.parametrize("T, K, N, R", [(1, 8, 3, 1), (9, 40, 33, 8), (70, 64, 48, 24)])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_lora(rng: np.random.Generator, T: int, K: int, N: int, R: int, kind: str) -> None:
+    E = 3
+    x, y0 = bfloat16(normal(rng, T, K)), bfloat16(normal(rng, T, N))
+    a, b = bfloat16(normal(rng, E, R, K)), bfloat16(normal(rng, E, N, R))
+    scale = normal(rng, E)
+    rows = rng.permutation(T)[: max(T - 2, 1)].astype(np.int32)
+    cut = len(rows) // 2
+    indptr, adapter = int32(0, cut, len(rows)), int32(2, 0)
+    which = np.repeat(adapter, np.diff(indptr))
+    want_v = np.stack(
+        [scale[e] * (wide(a)[e] @ wide(x)[row]) for e, row in zip(which, rows, strict=True)]
+    )
+    delta = np.zeros((T, N))
+    for v, e, row in zip(want_v, which, rows, strict=True):
+        delta[row] += wide(b)[e] @ v
+    v = ops.lora_shrink(x, a, indptr, adapter, rows, scale)
+    close(v, want_v, 1e-5, 1e-4)
+    y = from_bfloat16(y0) if kind == "float32" else y0.copy()
+    assert ops.lora(y, x, a, b, indptr, adapter, rows, scale) is y
+    again = from_bfloat16(y0) if kind == "float32" else y0.copy()
+    ops.lora_expand(again, v, b, indptr, adapter, rows)
+    assert np.array_equal(y, again)
+    got = y.astype(np.float64) if kind == "float32" else wide(y)
+    close(got, wide(y0) + delta, 1e-4 if kind == "float32" else 1.02 * EPS, 1e-2)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"segment_indptr": int32(0, 3)}, "an entry of segment_indptr is 3, expected 0 to 2"),
+        ({"segment_indptr": int32(0, 1)}, "the last entry of segment_indptr is 1, expected 2 to 2"),
+        ({"segment_adapter": int32(2)}, "an entry of segment_adapter is 2, expected 0 to 1"),
+        ({"rows": int32(0, 4)}, "an entry of rows is 4, expected 0 to 3"),
+        ({"b": np.zeros((2, 6, 8), BITS)}, r"b is bfloat16 \[2, 6, 8\], expected .* \[2, 5, 8\]"),
+        ({"scale": np.ones(3, np.float32)}, r"scale is float32 \[3\], expected float32 \[2\]"),
+    ],
+)
+def test_what_lora_refuses(changed: dict[str, Any], message: str) -> None:
+    arrays: dict[str, Any] = {
+        "y": np.zeros((4, 5), BITS),
+        "x": np.zeros((4, 16), BITS),
+        "a": np.zeros((2, 8, 16), BITS),
+        "b": np.zeros((2, 5, 8), BITS),
+        "segment_indptr": int32(0, 2),
+        "segment_adapter": int32(1),
+        "rows": int32(0, 3),
+    }
+    ops.lora(**arrays)
+    with pytest.raises(RequestError, match=message):
+        ops.lora(**{**arrays, **changed})
+
+
 # ---- DLPack on the host ----
 
 

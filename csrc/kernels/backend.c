@@ -111,6 +111,7 @@ static const mil_backend mil_cuda_backend = {
     .weight_format = MIL_WEIGHT_BF16_ROWS,
     .lora_v_rank = MIL_MAX_LORA_RANK, /* one for every batch: a captured launch serves any ranks */
     .logit_block = 512,
+    .max_vocab = 1 << 19,
     .packed_bytes = packed_bytes,
     .pack = mil_cuda_pack,
     .pack_dummy = mil_cuda_pack_dummy,

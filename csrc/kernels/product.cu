@@ -11,7 +11,8 @@
  * Few rows are bound by the weights' bytes: they are streamed once, past L2's other contents,
  * through a ring of cp.async stages; blocks enough to keep some 64 KiB per SM in flight all run at
  * once, so that no wave is left over. The weights' first stages are fetched before the previous
- * kernel has ended. Many rows are bound by flops: a plain tile of 128 x 128. Not measured yet. */
+ * kernel has ended. Many rows are bound by flops: a plain tile of 128 x 128. Of cuBLAS on an H200
+ * (2026-11-24, bench_ops): 0.94 to 1.12 at one row, 0.60 to 0.97 at 64, 0.4 at 8,192. */
 #include "kernels/product.h"
 
 #include "kernels/common.cuh"

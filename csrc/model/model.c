@@ -137,6 +137,11 @@ static mil_status open_queues(mil_model *model)
         return mil_fail(MIL_ERR_UNSUPPORTED,
                         "model: tensor_parallel is %d on device '%s', this build serves 1 there",
                         model->world, model->backend->device->name);
+    int32_t max_vocab = model->backend->max_vocab;
+    if (max_vocab > 0 && model->config.vocab > max_vocab)
+        return mil_fail(MIL_ERR_UNSUPPORTED,
+                        "model: vocab_size is %d, expected at most %d on device '%s'",
+                        model->config.vocab, max_vocab, model->backend->device->name);
     for (int32_t rank = 0; rank < model->world; rank++)
         MIL_TRY(model->backend->device->open(&model->ranks[rank].queue, model->ordinal));
     return MIL_OK;

@@ -257,6 +257,7 @@ typedef struct mil_backend {
     mil_weight_format weight_format;
     int32_t lora_v_rank; /* v_part_stride of every step; 0: the largest rank in its batch */
     int32_t logit_block; /* rows of logits that exist at once */
+    int32_t max_vocab;   /* largest vocabulary that sample takes; 0: any */
     const void *kernels; /* the backend's own: what its ops run on (CPU: one instruction set) */
 
     /* ---- weights ---- */

@@ -48,6 +48,14 @@ def ids(outputs: list[RequestOutput]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def bits(outputs: list[RequestOutput]) -> list[list[tuple[int, float]]]:
+    """Tokens and their logprobs, which show any difference of logits."""
+    return [
+        [(token, row[token].logprob) for token, row in zip(c.token_ids, c.logprobs, strict=True)]
+        for c in (output.outputs[0] for output in outputs)
+    ]
+
+
 def test_tokens_are_the_cpus_but_for_near_ties() -> None:
     ours, theirs = serve("cuda"), serve("cpu")
     n_tokens = n_apart = 0
@@ -63,9 +71,12 @@ def test_tokens_are_the_cpus_but_for_near_ties() -> None:
     assert n_apart <= 0.005 * n_tokens
 
 
-def test_graphs_and_ops_one_by_one_give_the_same_bits() -> None:
+def test_graphs_and_ops_one_by_one_give_the_same_tokens() -> None:
     replayed, eager = serve("cuda"), serve("cuda", enforce_eager=True)
     assert ids(replayed) == ids(eager)
+    # Batches of one bucket pick one product kernel, batches by op another: close, not equal.
+    for a, b in zip(bits(replayed), bits(eager), strict=True):
+        assert all(abs(x - y) < 0.05 for (_, x), (_, y) in zip(a, b, strict=True))
 
 
 def test_a_small_engine_preempts_and_gives_the_same() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes as ct
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -562,3 +564,22 @@ def test_two_threads_share_the_ops(rng: np.random.Generator) -> None:
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: ops.linear(x, weight), range(64)):
             assert np.array_equal(got, want)
+
+
+FORKS = """
+import os
+import numpy as np
+from milpy import ops
+x, weight = np.full((64, 512), 0x3F80, np.uint16), np.full((96, 512), 0x3F80, np.uint16)
+assert (ops.linear(x, weight) == 512).all()
+child = os.fork()
+if child == 0:
+    os._exit(0 if (ops.linear(x, weight) == 512).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert (ops.linear(x, weight) == 512).all()
+"""
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

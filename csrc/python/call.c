@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define PER_THREAD_STREAM 2 /* cudaStreamPerThread, as CUDA's headers have it */
+
 /* ---- operands ---- */
 
 static mil_operand *take(mil_op_call *call, const char *name, PyObject *object, bool is_written)
@@ -138,7 +140,13 @@ static mil_status prepare(mil_op_call *call)
 {
     MIL_TRY(check_devices(call));
     MIL_TRY(check_overlaps(call));
-    return read_device(call);
+    MIL_TRY(read_device(call));
+    /* One handle, a stream for each thread: they would share a workspace without an order. */
+    if (call->is_cuda && !call->is_lent && call->stream == PER_THREAD_STREAM)
+        return mil_fail(MIL_ERR_ARGUMENT,
+                        "%s: stream is %d (the per-thread default one), expected any other",
+                        call->op, PER_THREAD_STREAM);
+    return MIL_OK;
 }
 
 /* ---- loans ---- */

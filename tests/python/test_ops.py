@@ -528,6 +528,12 @@ def test_what_a_capsule_may_not_say(changed: dict[str, int], message: str) -> No
     assert x.n_deleted == 1
 
 
+def test_the_per_thread_default_stream_is_refused() -> None:
+    gate_up, out = (Capsules(np.ones((2, n), np.uint16), device=2) for n in (16, 8))
+    with pytest.raises(RequestError, match=r"stream is 2 .*, expected any other"):
+        ops.silu_and_mul(gate_up, out=out, stream=2)
+
+
 def test_a_used_capsule_is_refused() -> None:
     from milpy import _C  # noqa: PLC0415
 

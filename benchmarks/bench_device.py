@@ -32,7 +32,9 @@ VLLM_LORA = {"base only": 0.999, "one adapter": 0.824, "64 distinct": 0.224}
 class Bench:
     """One dummy model on a device with an engine."""
 
-    def __init__(self, shape: Shape, folder: Path, device: str, n_seqs: int, eager: bool) -> None:
+    def __init__(
+        self, shape: Shape, folder: Path, device: str, n_seqs: int, eager: bool, exact: bool
+    ) -> None:
         self.shape = shape
         config = read_model_config(shape.write_config(folder / shape.name))
         begin = time.perf_counter()
@@ -42,7 +44,11 @@ class Bench:
         loaded = time.perf_counter()
         self.config = config
         self.engine = _C.Engine(
-            self.model, max_model_len=16384, max_num_seqs=n_seqs, enforce_eager=eager
+            self.model,
+            max_model_len=16384,
+            max_num_seqs=n_seqs,
+            enforce_eager=eager,
+            deterministic=exact,
         )
         self._loop = threading.Thread(target=self.engine.run, daemon=True)
         self._loop.start()
@@ -108,11 +114,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--deterministic", action="store_true")
     arguments = parser.parse_args()
     most = max([*arguments.batches, 64])
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
-            SHAPES[arguments.shape], Path(folder), arguments.device, most, arguments.eager
+            SHAPES[arguments.shape],
+            Path(folder),
+            arguments.device,
+            most,
+            arguments.eager,
+            arguments.deterministic,
         )
         print(bench.model.report(), bench.engine.stats(), flush=True)
         print("batch   tok/s     step ms  bytes alone ms   vLLM tok/s  ours/vLLM")

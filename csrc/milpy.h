@@ -216,6 +216,9 @@ typedef struct mil_engine_options {
     uint64_t kv_cache_bytes;
     /* Share of a device's memory that may be in use once the engine is up, in (0, 1]; 0: 0.9. */
     double gpu_memory_utilization;
+    /* Batch mates and graph replay do not change a row's bits. The CPU's never do; on a device it
+     * costs speed (products by kernels of our own). */
+    bool deterministic;
     bool enforce_eager; /* run decode op by op where graphs would serve it (tests, less memory) */
     bool poison;        /* fill freed pages with NaN (tests) */
 } mil_engine_options;

@@ -207,6 +207,7 @@ class Engine:
         page_size: int = 0,
         kv_cache_bytes: int = 0,
         gpu_memory_utilization: float = 0.0,
+        deterministic: bool = False,
         enforce_eager: bool = False,
         poison: bool = False,
     ) -> Engine: ...

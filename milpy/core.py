@@ -104,6 +104,7 @@ class Core:
                 page_size=options.page_size or 0,
                 kv_cache_bytes=options.kv_cache_bytes or 0,
                 gpu_memory_utilization=options.gpu_memory_utilization or 0.0,
+                deterministic=options.deterministic,
                 enforce_eager=options.enforce_eager,
                 poison=os.environ.get("MILPY_POISON") == "1",
             )

@@ -38,8 +38,9 @@ class LLM:
     are converted. tensor_parallel_size splits the model over that many ranks. max_model_len bounds
     prompt and answer together; max_num_seqs, max_num_batched_tokens, kv_cache_bytes and page_size
     are the scheduler's knobs, n_threads is shared by all ranks; None chooses. On a GPU, KV pages
-    take what weights leave of gpu_memory_utilization (None: 0.9) of its memory, and enforce_eager
-    runs decode steps without CUDA graphs. load_format="dummy"
+    take what weights leave of gpu_memory_utilization (None: 0.9) of its memory, enforce_eager
+    runs decode steps without CUDA graphs, and deterministic keeps batch mates from changing a row's
+    bits, at a price (the CPU always does). load_format="dummy"
     makes random weights by `seed` from config.json alone. tokenizer names another folder for
     tokenizer.json; without one, prompts are token ids. progress shows a bar while loading.
 
@@ -61,6 +62,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         page_size: int | None = None,
         gpu_memory_utilization: float | None = None,
+        deterministic: bool = False,
         enforce_eager: bool = False,
         n_threads: int | None = None,
         load_format: str = "auto",
@@ -80,6 +82,7 @@ class LLM:
             kv_cache_bytes=kv_cache_bytes,
             page_size=page_size,
             gpu_memory_utilization=gpu_memory_utilization,
+            deterministic=deterministic,
             enforce_eager=enforce_eager,
             n_threads=n_threads,
             load_format=load_format,

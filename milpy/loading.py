@@ -45,6 +45,7 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     page_size: int | None = None
     gpu_memory_utilization: float | None = None
+    deterministic: bool = False
     enforce_eager: bool = False
     n_threads: int | None = None
     load_format: str = "auto"
@@ -82,9 +83,10 @@ class EngineOptions:
             raise ConfigError(
                 f"gpu_memory_utilization is {show(share)}, expected a number above 0 and up to 1"
             )
-        eager: object = self.enforce_eager
-        if not isinstance(eager, bool):
-            raise ConfigError(f"enforce_eager is {show(eager)}, expected True or False")
+        for name in ("deterministic", "enforce_eager"):
+            flag: object = getattr(self, name)
+            if not isinstance(flag, bool):
+                raise ConfigError(f"{name} is {show(flag)}, expected True or False")
         if self.adapters is not None and not isinstance(self.adapters, Mapping):
             raise RequestError(
                 f"adapters is {show(self.adapters)}, expected a dict of names and folders"

@@ -144,6 +144,7 @@ static mil_status init_engine(mil_engine *engine)
         .limits = mil_scheduler_limits(&options),
         .n_pages = n_pages,
         .page_size = options.page_size,
+        .is_deterministic = engine->options.deterministic,
         .has_graphs = !engine->options.enforce_eager,
         .poison = engine->options.poison,
     };

@@ -22,8 +22,9 @@ typedef struct mil_runner_options {
     mil_plan_limits limits;
     int32_t n_pages;
     int32_t page_size;
-    bool has_graphs; /* capture decode steps where the device can */
-    bool poison;     /* fill pages with NaN when mil_runner_poison_page says so */
+    bool is_deterministic; /* as mil_context's */
+    bool has_graphs;       /* capture decode steps where the device can */
+    bool poison;           /* fill pages with NaN when mil_runner_poison_page says so */
 } mil_runner_options;
 
 /* Takes all its memory and, where the device has graphs, captures the decode steps: then it waits

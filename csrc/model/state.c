@@ -151,6 +151,7 @@ mil_status mil_state_init(mil_state *state, const mil_model *model, int32_t rank
     size_t n_bytes = place_rank(state, NULL, model, rank, limits, page_size);
     MIL_TRY(device->alloc(queue, &state->slab, n_bytes, "workspace"));
     (void)place_rank(state, state->slab.data, model, rank, limits, page_size);
+    state->context.is_deterministic = options->is_deterministic;
     MIL_TRY(mil_alloc_checked((void **)&state->padded_ranks, (size_t)limits->max_adapter_slots,
                               sizeof(int32_t), "runner"));
     MIL_TRY(device->alloc(queue, &state->kv_slab,

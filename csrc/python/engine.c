@@ -21,6 +21,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
                             "page_size",
                             "kv_cache_bytes",
                             "gpu_memory_utilization",
+                            "deterministic",
                             "enforce_eager",
                             "poison",
                             NULL};
@@ -28,15 +29,17 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     mil_engine_options options = {0};
     unsigned long long kv_cache_bytes = 0;
     int poison = 0;
+    int deterministic = 0;
     int enforce_eager = 0;
     mil_module_state *state = PyType_GetModuleState(type);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$iiiiKdpp:Engine", names, state->model,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$iiiiKdppp:Engine", names, state->model,
                                      &model_object, &options.max_model_len, &options.max_num_seqs,
                                      &options.max_num_batched_tokens, &options.page_size,
                                      &kv_cache_bytes, &options.gpu_memory_utilization,
-                                     &enforce_eager, &poison))
+                                     &deterministic, &enforce_eager, &poison))
         return NULL;
     options.kv_cache_bytes = kv_cache_bytes;
+    options.deterministic = deterministic;
     options.enforce_eager = enforce_eager;
     options.poison = poison;
     engine_object *self = (engine_object *)type->tp_alloc(type, 0);
@@ -280,7 +283,7 @@ static PyType_Slot engine_slots[] = {
     {Py_tp_methods, engine_methods},
     {Py_tp_doc, "Engine(model, *, max_model_len=0, max_num_seqs=0, max_num_batched_tokens=0,\n"
                 "page_size=0, kv_cache_bytes=0, gpu_memory_utilization=0.0,\n"
-                "enforce_eager=False, poison=False)"},
+                "deterministic=False, enforce_eager=False, poison=False)"},
     {0, NULL},
 };
 

@@ -79,6 +79,13 @@ def test_graphs_and_ops_one_by_one_give_the_same_tokens() -> None:
         assert all(abs(x - y) < 0.05 for (_, x), (_, y) in zip(a, b, strict=True))
 
 
+def test_batch_mates_change_no_bit_of_a_deterministic_engine() -> None:
+    """Many at once, replayed from graphs, against one after the other."""
+    together = serve("cuda", deterministic=True)
+    alone = serve("cuda", deterministic=True, max_num_seqs=1)
+    assert bits(together) == bits(alone)
+
+
 def test_a_small_engine_preempts_and_gives_the_same() -> None:
     few = serve("cuda", max_num_seqs=7, kv_cache_bytes=2 << 20, max_num_batched_tokens=64)
     assert ids(few) == ids(serve("cuda"))

@@ -6,11 +6,18 @@
 
 #include <stdint.h>
 
+/* nvcc compiles these for the device as well. */
+#ifdef __CUDACC__
+#define MIL_HASH_INLINE static __host__ __device__ inline
+#else
+#define MIL_HASH_INLINE static inline
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-static inline uint64_t mil_mix64(uint64_t z)
+MIL_HASH_INLINE uint64_t mil_mix64(uint64_t z)
 {
     z += 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -19,7 +26,7 @@ static inline uint64_t mil_mix64(uint64_t z)
 }
 
 /* One 64-bit word for element `index` of stream (seed, stream). */
-static inline uint64_t mil_counter_hash(uint64_t seed, uint64_t stream, uint64_t index)
+MIL_HASH_INLINE uint64_t mil_counter_hash(uint64_t seed, uint64_t stream, uint64_t index)
 {
     return mil_mix64(mil_mix64(mil_mix64(seed) ^ stream) ^ index);
 }

@@ -18,15 +18,6 @@ struct dummy_params {
     int64_t part_begin; /* packed row of the part's first one, not interleaved */
 };
 
-/* SplitMix64's finaliser as base/hash.h has it. */
-static __device__ __forceinline__ uint64_t mix64(uint64_t z)
-{
-    z += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
 static __global__ void __launch_bounds__(THREADS) dummy_kernel(dummy_params p)
 {
     for (int32_t i = (int32_t)blockIdx.x; i < p.n_rows; i += (int32_t)gridDim.x) {
@@ -35,7 +26,8 @@ static __global__ void __launch_bounds__(THREADS) dummy_kernel(dummy_params p)
             g > 0 ? (int64_t)(row / g) * g * p.n_parts + p.part * g + row % g : p.part_begin + row;
         uint64_t index = p.begin + (uint64_t)(i * p.stride);
         for (int32_t k = (int32_t)threadIdx.x; k < p.K; k += THREADS) {
-            int32_t integer = 2 * (int32_t)(mix64(p.stream ^ (index + (uint64_t)k)) >> 48) - 65535;
+            int32_t integer =
+                2 * (int32_t)(mil_mix64(p.stream ^ (index + (uint64_t)k)) >> 48) - 65535;
             p.data[packed * p.K + k] = mil_round((float)integer * 0x1p-21f);
         }
     }

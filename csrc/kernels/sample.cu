@@ -14,6 +14,7 @@
  * Bound by reading the logits: once for greedy, twice (the second time from L2) for draws. */
 #include "kernels/cuda.h"
 
+#include "base/hash.h"
 #include "kernels/sample_find.cuh"
 
 #define PASS_THREADS 256
@@ -136,18 +137,10 @@ static __device__ uint64_t total_of(shared_state &state, const uint64_t *masses,
     return total;
 }
 
-/* The upper 53 bits of the hash, base/hash.h's. */
-static __device__ __forceinline__ uint64_t mix64(uint64_t z)
-{
-    z += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
+/* The upper 53 bits of the draw's hash. */
 static __device__ __forceinline__ uint64_t uniform_bits(uint64_t seed, int32_t position)
 {
-    return mix64(mix64(mix64(seed) ^ SAMPLE_STREAM) ^ (uint64_t)position) >> 11;
+    return mil_counter_hash(seed, SAMPLE_STREAM, (uint64_t)position) >> 11;
 }
 
 /* floor(bits / 2^53 * total), which a running sum of integers exceeds exactly when it exceeds

@@ -9,7 +9,7 @@ MAX_POSITION = 400
 
 
 def tables(rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    frequency = 10000.0 ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    frequency = 10000.0 ** (-np.arange(0, rotary_dim, 2) / max(rotary_dim, 1))
     angle = np.arange(MAX_POSITION)[:, None] * frequency
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 

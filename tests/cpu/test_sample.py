@@ -116,6 +116,18 @@ def draw(isa: str, logits: np.ndarray, rows: Sampling, n: int, n_threads: int = 
     return np.array([s.token for s in samples])
 
 
+def assert_follows(seen: np.ndarray, want: np.ndarray) -> None:
+    """Chi-square, ids expected less than 5 times put together; 5 sigma."""
+    assert (seen[want == 0] == 0).all(), "drew what the filters cut"
+    rare = (want < 5) & (want > 0)
+    got = np.append(seen[want >= 5], seen[rare].sum())
+    expected = np.append(want[want >= 5], want[rare].sum())
+    got, expected = got[expected > 0], expected[expected > 0]
+    chi_square = ((got - expected) ** 2 / expected).sum()
+    freedom = max(len(got) - 1, 1)
+    assert chi_square <= freedom + 5 * np.sqrt(2 * freedom), (chi_square, freedom)
+
+
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), FILTERS)
 @pytest.mark.parametrize("vocab", [30, 300])
 def test_draws_follow_the_filtered_distribution(
@@ -127,15 +139,7 @@ def test_draws_follow_the_filtered_distribution(
     logits[3] = logits[7] = np.sort(logits)[-3]  # equals at the edge of a filter
     tokens = draw(isas()[0], logits, options(temperature, top_k, top_p, -1, 11), n)
     want = kept_distribution(logits, temperature, top_k, top_p) * n
-    seen = np.bincount(tokens, minlength=vocab)
-    assert (seen[want == 0] == 0).all(), "drew what the filters cut"
-    rare = (want < 5) & (want > 0)
-    got = np.append(seen[want >= 5], seen[rare].sum())
-    expected = np.append(want[want >= 5], want[rare].sum())
-    got, expected = got[expected > 0], expected[expected > 0]
-    chi_square = ((got - expected) ** 2 / expected).sum()
-    freedom = max(len(got) - 1, 1)
-    assert chi_square <= freedom + 5 * np.sqrt(2 * freedom), (chi_square, freedom)
+    assert_follows(np.bincount(tokens, minlength=vocab), want)
 
 
 def test_top_p_keeps_the_smallest_set_and_at_least_one(isa: str) -> None:

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cpu.test_rope import MAX_POSITION, rotated, tables
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, cuda_paths, from_bf16
 
 pytestmark = pytest.mark.gpu
 paths = pytest.mark.parametrize("path", cuda_paths())
 
-MAX_POSITION = 400
 N_PAGES = 64
 
 # N, K, D, P, rotary_dim, pairs. Vectors of 8 columns: halves of whole vectors and not (any), heads
@@ -37,24 +37,6 @@ SHAPES = [
     (4, 2, 72, 16, 20, True),
     (3, 1, 40, 16, 40, True),
 ]
-
-
-def tables(rotary_dim: int) -> tuple[Array, Array]:
-    frequency = 10000.0 ** (-np.arange(0, rotary_dim, 2) / max(rotary_dim, 1))
-    angle = np.arange(MAX_POSITION)[:, None] * frequency
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-def rotated(x: Array, positions: Array, rotary_dim: int, pairs: bool) -> Array:
-    """x: [T, heads, D]."""
-    cosines, sines = (t.astype(np.float64)[positions][:, None] for t in tables(rotary_dim))
-    out = x.astype(np.float64).copy()
-    half = rotary_dim // 2
-    a = slice(0, rotary_dim, 2) if pairs else slice(0, half)
-    b = slice(1, rotary_dim, 2) if pairs else slice(half, rotary_dim)
-    out[..., a] = x[..., a] * cosines - x[..., b] * sines
-    out[..., b] = x[..., b] * cosines + x[..., a] * sines
-    return out
 
 
 def case(N: int, K: int, D: int, P: int) -> tuple[Array, Batch, Kv]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cpu.test_sample import (
     FILTERS,
+    assert_follows,
     close_logprob,
     fields,
     kept_distribution,
@@ -256,17 +257,6 @@ def test_draws_of_a_large_flat_row_are_uniform(path: str) -> None:
             tokens += tokens_of(samples)
     seen = np.bincount(np.array(tokens) // (vocab // 100), minlength=100)
     assert_follows(seen, np.full(100, n / 100))
-
-
-def assert_follows(seen: Array, want: Array) -> None:
-    assert (seen[want == 0] == 0).all(), "drew what the filters cut"
-    rare = (want < 5) & (want > 0)
-    got = np.append(seen[want >= 5], seen[rare].sum())
-    expected = np.append(want[want >= 5], want[rare].sum())
-    got, expected = got[expected > 0], expected[expected > 0]
-    chi_square = ((got - expected) ** 2 / expected).sum()
-    freedom = max(len(got) - 1, 1)
-    assert chi_square <= freedom + 5 * np.sqrt(2 * freedom), (chi_square, freedom)
 
 
 def test_top_p_keeps_the_smallest_set_and_at_least_one(path: str) -> None:

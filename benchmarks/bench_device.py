@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.shapes import SHAPES, Shape, dummy_adapter
+from benchmarks.traffic import Traffic
 from milpy import _C
 from milpy.config import read_model_config
 
@@ -45,14 +43,12 @@ class Bench:
         self.config = config
         self.engine = _C.Engine(
             self.model,
-            max_model_len=16384,
+            max_model_len=shape.max_position,
             max_num_seqs=n_seqs,
             enforce_eager=eager,
             deterministic=exact,
         )
-        self._loop = threading.Thread(target=self.engine.run, daemon=True)
-        self._loop.start()
-        self._random = np.random.default_rng(7)
+        self._traffic = Traffic(self.engine, shape.vocab)
         ready = time.perf_counter()
         self.ttft(16)
         first = time.perf_counter()
@@ -63,40 +59,15 @@ class Bench:
         )
 
     def close(self) -> None:
-        self.engine.stop()
-        self._loop.join()
-        self.engine.free()
+        self._traffic.close()
         self.model.close()
-
-    def _submit(self, length: int, max_tokens: int, adapter: int) -> int:
-        tokens = self._random.integers(3, self.shape.vocab, length).astype(np.int32)
-        return self.engine.submit(tokens, max_tokens=max_tokens, adapter=adapter, temperature=0.0)
 
     def decode(self, n_seqs: int, adapters: list[int]) -> float:
         """Tokens a second while all n_seqs decode."""
-        ids = [self._submit(PROMPT, NEW, adapters[i % len(adapters)]) for i in range(n_seqs)]
-        seen = dict.fromkeys(ids, 0)
-        started = ended = None
-        counted, n_open = 0, n_seqs
-        while n_open:
-            events = self.engine.poll(timeout_ms=60000)
-            now = time.perf_counter()
-            for request, finish, sample in events:
-                seen[request] += sample is not None
-                n_open -= bool(finish)
-            if started is None and all(seen.values()):
-                started, counted = now, sum(seen.values())
-            elif started is not None and ended is None and n_open < n_seqs:
-                ended, counted = now, sum(seen.values()) - counted
-        assert started is not None and ended is not None
-        return counted / (ended - started)
+        return self._traffic.decode(n_seqs, adapters, PROMPT, NEW)
 
     def ttft(self, length: int, adapter: int = -1) -> float:
-        begin = time.perf_counter()
-        self._submit(length, 1, adapter)
-        while not self.engine.poll(timeout_ms=60000):
-            pass
-        return time.perf_counter() - begin
+        return self._traffic.first_token_s(length, adapter)
 
 
 def bytes_ms(shape: Shape, n_seqs: int) -> float:

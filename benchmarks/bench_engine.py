@@ -16,18 +16,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.peer import TorchPeer
 from benchmarks.roofs import Machine, Roofs
 from benchmarks.shapes import SHAPES, Shape, dummy_adapter
+from benchmarks.traffic import Traffic
 from milpy import _C
 from milpy.config import read_model_config
 
@@ -86,9 +83,7 @@ class Bench:
             for i in range(8)
         ]
         self.engine = _C.Engine(self.model, max_model_len=1024, max_num_seqs=MAX_SEQS)
-        self._loop = threading.Thread(target=self.engine.run, daemon=True)
-        self._loop.start()
-        self._random = np.random.default_rng(7)
+        self._traffic = Traffic(self.engine, shape.vocab)
         self.torch = TorchPeer()
 
     def start_torch(self) -> None:
@@ -98,45 +93,16 @@ class Bench:
 
     def close(self) -> None:
         self.torch.close()
-        self.engine.stop()
-        self._loop.join()
-        self.engine.free()
+        self._traffic.close()
         self.model.close()
 
-    def _submit(self, length: int, max_tokens: int, adapter: int) -> int:
-        tokens = self._random.integers(3, self.shape.vocab, length).astype(np.int32)
-        return self.engine.submit(tokens, max_tokens=max_tokens, adapter=adapter, temperature=0.0)
-
     def decode(self, n_seqs: int, adapters: list[int]) -> float:
-        """Tokens a second while all n_seqs decode: last one's first token to the first end."""
-        ids = [self._submit(PROMPT, NEW, adapters[i % len(adapters)]) for i in range(n_seqs)]
-        seen = dict.fromkeys(ids, 0)
-        started: float | None = None
-        counted = 0
-        n_open = n_seqs
-        ended: float | None = None
-        while n_open:
-            events = self.engine.poll(timeout_ms=60000)
-            now = time.perf_counter()
-            for request, finish, sample in events:
-                seen[request] += sample is not None
-                if finish:
-                    n_open -= 1
-                    assert finish == 2, f"request ended with {finish}, expected its length"
-            if started is None and all(seen.values()):
-                started, counted = now, sum(seen.values())
-            elif started is not None and ended is None and n_open < n_seqs:
-                ended, counted = now, sum(seen.values()) - counted
-        assert started is not None and ended is not None
-        return counted / (ended - started)
+        """Tokens a second while all n_seqs decode."""
+        return self._traffic.decode(n_seqs, adapters, PROMPT, NEW)
 
     def prefill(self, adapter: int) -> float:
         """Tokens a second of a prompt of 512, from submit to its first token."""
-        begin = time.perf_counter()
-        self._submit(PREFILL, 1, adapter)
-        while not self.engine.poll(timeout_ms=60000):
-            pass
-        return PREFILL / (time.perf_counter() - begin)
+        return PREFILL / self._traffic.first_token_s(PREFILL, adapter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,6 @@ static size_t workspace_bytes(const mil_maxima *maxima)
 {
     size_t need = PART_BYTES;
     need = larger(need, mil_cuda_linear_workspace(maxima));
-    need = larger(need, mil_cuda_lora_workspace(maxima));
     need = larger(need, mil_cuda_attention_workspace(maxima));
     return larger(need, mil_cuda_sample_workspace(maxima));
 }

@@ -191,11 +191,6 @@ int64_t mil_cublas_version(const struct mil_cublas *cublas)
     return (int64_t)cublas->lib.GetVersion();
 }
 
-const char *mil_cublas_path(const struct mil_cublas *cublas)
-{
-    return cublas->lib.path;
-}
-
 /* ---- the table ---- */
 
 static int32_t round_up(int32_t value, int32_t multiple)
@@ -419,10 +414,4 @@ mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *p, bool *i
     MIL_TRY(entry->is_warm ? queue_product(queue, entry, p) : queue_first(queue, entry, p));
     *is_served = entry->is_served;
     return MIL_OK;
-}
-
-mil_status mil_cublas_warm(mil_queue *queue, const mil_cublas_product *product)
-{
-    bool is_served;
-    return mil_cublas_run(queue, product, &is_served);
 }

@@ -20,8 +20,6 @@ void mil_cublas_free(struct mil_cublas *cublas);
 
 /* cublasLtGetVersion: 131000 is 13.10.0. */
 int64_t mil_cublas_version(const struct mil_cublas *cublas);
-/* Where the library was found. */
-const char *mil_cublas_path(const struct mil_cublas *cublas);
 
 typedef struct mil_cublas_product {
     void *y;           /* [M, ldy] of y_dtype */
@@ -40,14 +38,10 @@ int32_t mil_cublas_bucket(int32_t M);
 
 /* y = x w^T (+ bias) through the library. *is_served false, and nothing queued, where it has no
  * algorithm for these shapes and alignments, or K, ldx, x or w are not on 16 bytes. An algorithm of
- * the bucket that does not take this M (the library is asked) gives way to one for exactly M. */
+ * the bucket that does not take this M (the library is asked) gives way to one for exactly M. The
+ * first run of a shape loads its kernel, in a capture too. */
 mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *product, bool *is_served)
     MIL_WARN_UNUSED;
-
-/* As mil_cublas_run, outside a capture, for what will be captured: the algorithm is chosen and its
- * kernel loaded before. y is overwritten. (Without it the first run does both, in a capture too.)
- */
-mil_status mil_cublas_warm(mil_queue *queue, const mil_cublas_product *product) MIL_WARN_UNUSED;
 
 #ifdef __cplusplus
 }

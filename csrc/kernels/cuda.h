@@ -57,7 +57,6 @@ mil_status mil_cuda_sample(mil_context *, const mil_sample_args *);
 /* Parts of workspace and of step_data that an op needs; backend.c takes the largest workspace and
  * lays the parts of step_data side by side. Each is a multiple of 256 bytes. */
 size_t mil_cuda_linear_workspace(const mil_maxima *maxima);
-size_t mil_cuda_lora_workspace(const mil_maxima *maxima);
 size_t mil_cuda_attention_workspace(const mil_maxima *maxima);
 size_t mil_cuda_sample_workspace(const mil_maxima *maxima);
 size_t

@@ -213,9 +213,3 @@ extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_
                       has_many ? shrink_kernel<true> : shrink_kernel<false>, grid, dim3(THREADS), 0,
                       p);
 }
-
-extern "C" size_t mil_cuda_lora_workspace(const mil_maxima *maxima)
-{
-    (void)maxima;
-    return 0;
-}

@@ -545,23 +545,40 @@ static mil_status begin(mil_engine *engine, bool *has_begun)
     return status;
 }
 
+/* Wait for the steps in flight, whatever becomes of them: what they name is given back next. */
+static mil_status drain(mil_engine *engine)
+{
+    mil_status first = MIL_OK;
+    for (; engine->n_in_flight > 0; engine->n_in_flight--) {
+        const mil_sample *unread;
+        mil_status status = mil_runner_wait(engine->runner, &unread);
+        first = first == MIL_OK ? status : first;
+    }
+    return first;
+}
+
 mil_status mil_engine_run(mil_engine *engine)
 {
     MIL_TRY(check_process(engine, "run"));
     bool has_begun;
+    char reason[REASON_BYTES] = "";
     mil_status status = begin(engine, &has_begun);
     if (!has_begun)
         return status;
     while (status == MIL_OK && wait_for_work(engine))
         status = run_step(engine);
+    if (status == MIL_OK)
+        status = drain(engine);
+    if (status != MIL_OK) {
+        (void)snprintf(reason, sizeof reason, "%s", mil_status_message());
+        mil_status unsaid = drain(engine); /* the first failure is the one to tell */
+        (void)unsaid;
+    }
     leave(engine);
     pthread_mutex_lock(&engine->lock);
-    if (status != MIL_OK)
-        (void)snprintf(engine->reason, sizeof engine->reason, "%s", mil_status_message());
+    memcpy(engine->reason, reason, sizeof reason);
     end_all(engine, status == MIL_OK ? MIL_FINISH_CANCELLED : MIL_FINISH_ERROR);
     engine->is_running = false;
-    char reason[REASON_BYTES];
-    memcpy(reason, engine->reason, sizeof reason);
     pthread_mutex_unlock(&engine->lock);
     return status == MIL_OK ? MIL_OK : mil_fail(status, "%s", reason);
 }

@@ -17,6 +17,7 @@ struct mil_model {
     atomic_int n_held[16]; /* references of contents 0..15; the rest are not there */
     atomic_int n_entered;  /* runners inside */
     atomic_int n_plans;    /* given out */
+    atomic_int n_early;    /* pages that became free while a step in flight named them */
     int32_t depth;         /* of its runners' queues */
     uint64_t fail_at;      /* this step fails */
     uint64_t count_from;   /* allocator calls are counted from this step */
@@ -167,8 +168,10 @@ static mil_status fake_run(mil_runner *runner, float *logits)
         model->calls_between = mil_memory_calls() - model->calls_before;
     if (model->on_step != NULL)
         model->on_step(model->context, plan);
-    if (step == model->fail_at)
+    if (step == model->fail_at) {
+        runner->n_submitted--; /* nothing of it was queued */
         return mil_fail(MIL_ERR_DEVICE, "fake device: step %d caught fire", (int)step);
+    }
     MIL_TRY(mil_plan_check(plan, runner->options.n_pages, model->config.vocab));
     fake_device_run(&runner->device, plan, runner->samples[at], logits);
     return MIL_OK;
@@ -197,7 +200,24 @@ mil_status mil_runner_step(mil_runner *runner, mil_sample *samples, float *logit
     return MIL_OK;
 }
 
+/* Whether a row of the step sees the page. */
+static bool fake_step_names(const mil_runner *runner, uint64_t step, int32_t page)
+{
+    mil_batch batch;
+    mil_plan_view(runner->plans[step % FAKE_RING], &batch);
+    for (int32_t s = 0; s < batch.header->n_seqs; s++) {
+        const int32_t *pages = runner->device.page_table +
+                               batch.seq_slot[s] * runner->options.limits.max_pages_per_seq;
+        for (int32_t i = 0; i * runner->options.page_size < batch.kv_lengths[s]; i++)
+            if (pages[i] == page)
+                return true;
+    }
+    return false;
+}
+
 void mil_runner_poison_page(mil_runner *runner, int32_t page)
 {
+    for (uint64_t step = runner->n_retired; step < runner->n_submitted; step++)
+        runner->model->n_early += fake_step_names(runner, step, page);
     fake_device_poison(&runner->device, page);
 }

@@ -79,6 +79,7 @@ static void close_bench(bench *b, mil_status run_status)
     CHECK_INT(stats.n_waiting + stats.n_running, 0);
     CHECK_INT(stats.n_free_pages, stats.n_pages);
     CHECK_INT(b->model.n_entered, 0);
+    CHECK_INT(b->model.n_early, 0);
     mil_engine_free(b->engine);
     for (int32_t i = 0; i < 4; i++)
         CHECK_INT(b->model.n_held[i], 1);
@@ -286,10 +287,10 @@ TEST(closing_cancels_what_is_open_and_then_all_calls_say_closed)
     close_bench(&b, MIL_OK);
 }
 
-TEST(closing_stops_a_busy_loop)
+static void close_while_busy(int32_t depth)
 {
     static bench b;
-    open_bench(&b, &SMALL);
+    open_deep_bench(&b, &SMALL, depth);
     for (int32_t i = 0; i < MAX_REQUESTS; i++)
         (void)submit_long(&b);
     start(&b);
@@ -303,10 +304,22 @@ TEST(closing_stops_a_busy_loop)
     close_bench(&b, MIL_OK);
 }
 
+TEST(closing_stops_a_busy_loop)
+{
+    close_while_busy(1);
+}
+
+/* A close once gave pages and adapters back while the device still ran the last two steps. */
+TEST(closing_waits_for_the_steps_in_flight)
+{
+    for (int32_t i = 0; i < 20; i++)
+        close_while_busy(2);
+}
+
 TEST(a_failing_device_ends_every_request_and_the_engine)
 {
     static bench b;
-    open_bench(&b, &SMALL);
+    open_deep_bench(&b, &SMALL, 2);
     b.model.fail_at = 9;
     for (int32_t i = 0; i < 10; i++)
         (void)submit(&b, 3, 61, i % 4, 1);

@@ -126,7 +126,8 @@ def _demo() -> str:
 def _environment() -> str:
     """Variables that change what milpy does."""
     names = (
-        "MILPY_CPU_ISA", "MILPY_CUDA_PATH", "MILPY_CUDA_PDL", "MILPY_CUBLASLT", "CUDA_HOME",
-        "CUDA_VISIBLE_DEVICES", "MILPY_CHECK", "MILPY_POISON", "HF_HOME", "HF_HUB_OFFLINE",
+        "MILPY_CPU_ISA", "MILPY_CUDA_PATH", "MILPY_CUDA_PDL", "MILPY_CUDA_SIDE", "MILPY_CUBLASLT",
+        "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "MILPY_CHECK", "MILPY_POISON", "HF_HOME",
+        "HF_HUB_OFFLINE",
     )  # fmt: skip
     return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "-"

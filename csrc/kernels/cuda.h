@@ -31,7 +31,8 @@ typedef struct mil_queue {
     cudaEvent_t fork, join;
     cudaEvent_t fences[MIL_N_FENCES];
     struct mil_cublas *cublas;
-    bool has_pdl; /* programmatic dependent launch, MILPY_CUDA_PDL=0 turns it off */
+    bool has_pdl;  /* programmatic dependent launch, MILPY_CUDA_PDL=0 turns it off */
+    bool has_side; /* work beside the stream, MILPY_CUDA_SIDE=0 turns it off */
 } mil_queue;
 
 /* MIL_OK, or a status whose message says what was tried and what CUDA answered. Clears the error.

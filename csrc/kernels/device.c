@@ -104,23 +104,33 @@ static mil_status end_call(const mil_queue *queue, call *it, mil_status status)
 
 /* ---- queues ---- */
 
+/* A switch of the environment: on unless it is 0. */
+static mil_status read_switch(const char *name, bool *is_on)
+{
+    const char *value = getenv(name);
+    bool is_set = value != NULL && value[0] != '\0';
+    *is_on = !is_set || strcmp(value, "1") == 0;
+    if (!*is_on && strcmp(value, "0") != 0)
+        return mil_fail(MIL_ERR_ARGUMENT, "%s is \"%s\", expected 0 or 1", name, value);
+    return MIL_OK;
+}
+
 static mil_status read_path(mil_queue *queue, int32_t capability)
 {
     const char *path = getenv("MILPY_CUDA_PATH");
-    const char *pdl = getenv("MILPY_CUDA_PDL");
     bool is_forced = path != NULL && path[0] != '\0';
-    bool is_off = pdl != NULL && strcmp(pdl, "0") == 0;
+    bool is_pdl_on;
     if (is_forced && strcmp(path, "portable") != 0)
         return mil_fail(MIL_ERR_ARGUMENT,
                         "MILPY_CUDA_PATH is \"%s\", expected \"portable\" or nothing", path);
-    if (pdl != NULL && !is_off && pdl[0] != '\0' && strcmp(pdl, "1") != 0)
-        return mil_fail(MIL_ERR_ARGUMENT, "MILPY_CUDA_PDL is \"%s\", expected 0 or 1", pdl);
+    MIL_TRY(read_switch("MILPY_CUDA_PDL", &is_pdl_on));
+    MIL_TRY(read_switch("MILPY_CUDA_SIDE", &queue->has_side));
     /* sm_90a code runs on 9.0 alone. */
     queue->path = capability == 90 && !is_forced ? MIL_CUDA_SM90 : MIL_CUDA_PORTABLE;
     /* Kernels that came from the PTX of an older architecture hold no wait for the one before. */
     int32_t arch;
     MIL_TRY(mil_cuda_kernels_arch(&arch));
-    queue->has_pdl = capability >= 90 && arch >= 90 && !is_off;
+    queue->has_pdl = capability >= 90 && arch >= 90 && is_pdl_on;
     return MIL_OK;
 }
 

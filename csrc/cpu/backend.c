@@ -86,6 +86,15 @@ static mil_status fill_16(struct mil_queue *queue, void *memory, uint16_t word, 
     return MIL_OK;
 }
 
+static mil_status poison(struct mil_queue *queue, void *memory, size_t n_bytes, size_t n_blocks,
+                         size_t stride_bytes)
+{
+    (void)queue;
+    for (size_t i = 0; i < n_blocks; i++)
+        memset((char *)memory + i * stride_bytes, 0xff, n_bytes);
+    return MIL_OK;
+}
+
 static mil_status synchronize(struct mil_queue *queue)
 {
     (void)queue;
@@ -115,6 +124,7 @@ static const mil_device device = {
     .copy_out = copy,
     .send_out = copy,
     .fill_16 = fill_16,
+    .poison = poison,
     .synchronize = synchronize,
     .record = fence,
     .wait = fence,

@@ -382,6 +382,21 @@ static mil_status fill_16(struct mil_queue *queue, void *device, uint16_t word, 
     return mil_cuda_leave(queue, was, mil_cuda_fill_16(queue, device, word, n));
 }
 
+/* On a stream of the thread's own, which waits for no step. */
+static mil_status poison(struct mil_queue *queue, void *device, size_t n_bytes, size_t n_blocks,
+                         size_t stride_bytes)
+{
+    call it;
+    cudaError_t error = cudaSuccess;
+    MIL_TRY(begin_call(queue, &it));
+    for (size_t i = 0; i < n_blocks && error == cudaSuccess; i++)
+        error =
+            cudaMemsetAsync((char *)device + i * stride_bytes, 0xff, n_bytes, cudaStreamPerThread);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(cudaStreamPerThread);
+    return end_call(queue, &it, drained(queue, error));
+}
+
 static mil_status synchronize(struct mil_queue *queue)
 {
     call it;
@@ -489,6 +504,7 @@ const mil_device mil_cuda_device = {
     .copy_out = copy_out,
     .send_out = send_out,
     .fill_16 = fill_16,
+    .poison = poison,
     .synchronize = synchronize,
     .record = record,
     .wait = wait,

@@ -8,6 +8,13 @@ void mil_contents_init(mil_contents *contents)
     pthread_mutex_init(&contents->lock, NULL);
 }
 
+void mil_contents_poison(mil_contents *contents)
+{
+    pthread_mutex_lock(&contents->lock);
+    contents->poisons = true;
+    pthread_mutex_unlock(&contents->lock);
+}
+
 void mil_contents_deinit(mil_contents *contents)
 {
     for (int32_t i = 0; i < contents->n; i++)
@@ -110,9 +117,21 @@ mil_status mil_contents_hold(mil_contents *contents, int32_t id)
     return index >= 0 ? MIL_OK : not_found(id);
 }
 
+/* A device that fails here fails its steps too: they say so. */
+static void poison(const mil_content *content)
+{
+    for (int32_t rank = 0; rank < content->world; rank++) {
+        const mil_adapter *adapter = &content->adapters[rank];
+        mil_status status = adapter->device->poison(adapter->queue, adapter->slab.data,
+                                                    adapter->slab.n_bytes, 1, 0);
+        (void)status;
+    }
+}
+
 mil_status mil_contents_release(mil_contents *contents, int32_t id)
 {
     mil_content *dropped = NULL;
+    bool poisons = false;
     pthread_mutex_lock(&contents->lock);
     int32_t index = index_of(contents, id);
     if (index >= 0 && --contents->items[index]->n_refs == 0) {
@@ -121,8 +140,11 @@ mil_status mil_contents_release(mil_contents *contents, int32_t id)
         memmove(contents->items + index, contents->items + index + 1,
                 (size_t)(contents->n - index) * sizeof(mil_content *));
         contents->n_bytes -= bytes_of(dropped);
+        poisons = contents->poisons;
     }
     pthread_mutex_unlock(&contents->lock);
+    if (poisons)
+        poison(dropped);
     /* Outside the lock, because giving a slab back to the system takes a while. */
     mil_content_free(dropped);
     return index >= 0 ? MIL_OK : not_found(id);

@@ -26,9 +26,12 @@ typedef struct mil_contents {
     int32_t capacity;
     int32_t next_id;
     size_t n_bytes;
+    bool poisons; /* a content is NaN before its memory goes */
 } mil_contents;
 
 void mil_contents_init(mil_contents *contents);
+/* From now on fill a content with NaN when its last reference is dropped. */
+void mil_contents_poison(mil_contents *contents);
 /* Frees what is still held. */
 void mil_contents_deinit(mil_contents *contents);
 

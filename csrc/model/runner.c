@@ -381,6 +381,8 @@ mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runne
     runner->options = *options;
     const char *check = getenv("MILPY_CHECK");
     runner->is_checked = options->poison || (check != NULL && strcmp(check, "1") == 0);
+    if (options->poison)
+        mil_contents_poison(&model->contents);
     mil_status status = init_runner(runner);
     if (status == MIL_OK)
         status = capture_all(runner);
@@ -399,12 +401,23 @@ int32_t mil_runner_depth(const mil_runner *runner)
     return runner->model->backend->device->depth;
 }
 
+static void poison_entry(const mil_runner *runner, const ring_entry *entry)
+{
+    const mil_plan_limits *limits = &runner->options.limits;
+    size_t n_adapters = (size_t)runner->model->world * (size_t)limits->max_adapter_slots;
+    memset(entry->plan, 0xff, mil_plan_bytes(limits));
+    memset(entry->adapters, 0xff, n_adapters * sizeof *entry->adapters);
+    memset(entry->samples, 0xff, (size_t)limits->max_logit_rows * sizeof *entry->samples);
+}
+
 mil_plan *mil_runner_plan(mil_runner *runner)
 {
-    mil_plan *plan = runner->ring[runner->n_submitted % RING_DEPTH].plan;
-    mil_plan_reset(plan, &runner->options.limits, runner->n_submitted + 1);
+    const ring_entry *entry = &runner->ring[runner->n_submitted % RING_DEPTH];
+    if (runner->options.poison)
+        poison_entry(runner, entry);
+    mil_plan_reset(entry->plan, &runner->options.limits, runner->n_submitted + 1);
     runner->has_plan = true;
-    return plan;
+    return entry->plan;
 }
 
 /* What the plan's own check cannot know: how far the pages of a slot and the rope tables reach. */

@@ -24,7 +24,8 @@ typedef struct mil_runner_options {
     int32_t page_size;
     bool is_deterministic; /* as mil_context's */
     bool has_graphs;       /* capture decode steps where the device can */
-    bool poison;           /* fill pages with NaN when mil_runner_poison_page says so */
+    bool poison; /* pages that mil_runner_poison_page names, freed adapters and the ring's entries
+                    that are used again are NaN first */
 } mil_runner_options;
 
 /* Takes all its memory and, where the device has graphs, captures the decode steps: then it waits

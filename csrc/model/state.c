@@ -2,8 +2,6 @@
 
 #include <string.h>
 
-#define NAN_BF16 0x7fc0u
-
 /* ---- sizes ---- */
 
 int32_t mil_state_positions(const mil_model *model, const mil_plan_limits *limits,
@@ -196,14 +194,10 @@ int32_t mil_state_lora_rank(const mil_state *state, const mil_batch *batch)
 
 mil_status mil_state_poison(mil_state *state, int32_t page)
 {
-    const mil_device *device = state->context.backend->device;
     const mil_kv *kv = &state->kv;
     int64_t n = (int64_t)kv->n_kv_heads * kv->page_size * kv->head_dim;
-    for (int32_t layer = 0; layer < state->lora.n_layers; layer++) {
-        int64_t begin = layer * kv->layer_elements + page * n;
-        struct mil_queue *queue = state->context.queue;
-        MIL_TRY(device->fill_16(queue, kv->k + begin, NAN_BF16, (size_t)n));
-        MIL_TRY(device->fill_16(queue, kv->v + begin, NAN_BF16, (size_t)n));
-    }
-    return MIL_OK;
+    /* V of all layers follows K of all. */
+    return state->context.backend->device->poison(
+        state->context.queue, kv->k + page * n, (size_t)n * sizeof *kv->k,
+        2 * (size_t)state->lora.n_layers, (size_t)kv->layer_elements * sizeof *kv->k);
 }

@@ -201,8 +201,8 @@ typedef struct mil_maxima {
     int32_t n_threads;
 } mil_maxima;
 
-/* One device's calls. Copies and fills are ordered with the ops of their queue. A message names the
- * device, what was asked for, and what there is. */
+/* One device's calls. Copies and fills are ordered with the ops of their queue; poison is not. A
+ * message names the device, what was asked for, and what there is. */
 typedef struct mil_device {
     const char *name; /* "cpu", "cuda" */
     /* Device memory is host memory, and a step has ended when its last op returns. */
@@ -229,6 +229,11 @@ typedef struct mil_device {
     mil_status (*send_out)(struct mil_queue *queue, void *host, const void *device, size_t n_bytes);
     /* n 16-bit words of device memory. */
     mil_status (*fill_16)(struct mil_queue *queue, void *device, uint16_t word, size_t n);
+    /* Every byte of n_blocks blocks of n_bytes, stride_bytes apart, is 0xff: a NaN of any float.
+     * Done when it returns, and ahead of what is queued, so that a step in flight that still reads
+     * there shows it. */
+    mil_status (*poison)(struct mil_queue *queue, void *device, size_t n_bytes, size_t n_blocks,
+                         size_t stride_bytes);
     mil_status (*synchronize)(struct mil_queue *queue);
 
     /* Fence `index` (0 .. MIL_N_FENCES - 1) of the queue: record it after what was queued so far,

@@ -174,6 +174,46 @@ TEST(a_content_lives_until_its_last_reference)
     mil_model_free(model);
 }
 
+static int64_t n_clean; /* 16-bit words of freed slabs that are not NaN */
+
+static void free_counting(struct mil_queue *queue, mil_slab *slab)
+{
+    const uint16_t *words = slab->data;
+    (void)queue;
+    for (size_t i = 0; i < slab->n_bytes / sizeof *words; i++)
+        n_clean += words[i] != 0xffff;
+    mil_slab_deinit(slab);
+}
+
+/* Words that are not NaN when an adapter of two ranks goes. */
+static int64_t count_clean(bool poisons)
+{
+    mil_config config = dummy_config();
+    mil_model *model;
+    int32_t content;
+    CHECK_INT(dummy_open(&model, &config, 2, 2), MIL_OK);
+    const mil_backend *real = model->backend;
+    mil_backend backend = *real;
+    mil_device device = *real->device;
+    device.free = free_counting;
+    backend.device = &device;
+    model->backend = &backend;
+    if (poisons)
+        mil_contents_poison(&model->contents);
+    CHECK_INT(dummy_add_adapter(model, &config, 8, 1, &content), MIL_OK);
+    n_clean = 0;
+    CHECK_INT(mil_model_release_adapter(model, content), MIL_OK);
+    model->backend = real;
+    mil_model_free(model);
+    return n_clean;
+}
+
+TEST(a_freed_content_is_poisoned_on_every_rank)
+{
+    CHECK(count_clean(false) > 1000);
+    CHECK_INT(count_clean(true), 0);
+}
+
 TEST(contents_found_while_others_come_do_not_move)
 {
     mil_config config = dummy_config();

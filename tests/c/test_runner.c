@@ -345,6 +345,25 @@ TEST(poisoned_pages_do_not_reach_a_result)
     rig_close(&r);
 }
 
+TEST(a_plan_given_out_again_holds_nothing_of_its_last_step)
+{
+    mil_config config = dummy_config();
+    rig r;
+    int32_t tokens[8];
+    float row[VOCAB];
+    mil_batch batch;
+    make_tokens(tokens, 8, 8);
+    rig_open(&r, &config, 1, true);
+    for (int32_t i = 0; i < 4; i++) {
+        mil_plan_view(mil_runner_plan(r.runner), &batch);
+        CHECK_INT(batch.header->n_tokens, 0);
+        CHECK_INT(batch.tokens[0], -1);
+        CHECK_INT(batch.kv_lengths[0], -1);
+        run_alone(&r, row, tokens, 8, MIL_NO_ADAPTER);
+    }
+    rig_close(&r);
+}
+
 /* ---- ranks ---- */
 
 static void compare_worlds(const mil_config *config, int32_t world, double tolerance)

@@ -38,11 +38,16 @@ struct mil_runner {
     /* The step that is submitted. */
     ring_entry *entry;
     mil_batch batch; /* the host's view */
-    int32_t bucket;  /* whose graphs run it, -1: op by op */
+    int32_t bucket;  /* that its launches are shaped by, -1: by what is there */
     float *logits;
 };
 
 /* ---- sizes ---- */
+
+static int32_t smaller(int32_t a, int32_t b)
+{
+    return a < b ? a : b;
+}
 
 /* SIZE_MAX where it does not fit in one. */
 static size_t sum_of(size_t a, size_t b)
@@ -269,7 +274,7 @@ static mil_status run_batch(const mil_runner *runner, mil_state *state, const mi
                             int32_t rank)
 {
     const mil_device *device = runner->model->backend->device;
-    if (runner->bucket >= 0) {
+    if (runner->bucket >= 0 && runner->options.has_graphs) {
         bool has_lora = batch->header->bucket_segments > 0;
         struct mil_queue *queue = state->context.queue;
         MIL_TRY(device->graph_launch(queue, state->graphs.forward[runner->bucket][has_lora]));
@@ -356,9 +361,12 @@ static mil_status capture_all(mil_runner *runner)
 {
     const mil_plan_limits *limits = &runner->options.limits;
     mil_graphs *graphs = &runner->states[0].graphs;
-    if (runner->model->backend->device->capture_begin == NULL || !runner->options.has_graphs)
+    if (runner->model->backend->device->capture_begin == NULL)
         return MIL_OK;
-    mil_graphs_init(graphs, limits->max_seqs);
+    /* Without graphs too: a step run op by op in its bucket has the bits of the replayed one. */
+    mil_graphs_init(graphs, smaller(limits->max_seqs, limits->max_tokens));
+    if (!runner->options.has_graphs)
+        return MIL_OK;
     /* The queue is the model's: what another driver put on it meanwhile would be captured too. */
     mil_status status = MIL_OK;
     pthread_mutex_lock(&runner->model->step_lock);

@@ -72,6 +72,7 @@ static void make_step(machine *all, step *s, int32_t n_seqs, int32_t query, int3
     header->n_seqs = header->bucket_seqs = n_seqs;
     header->n_decode = query == 1 ? n_seqs : 0;
     header->n_tokens = header->bucket_tokens = n_seqs * query;
+    header->bucket_chunks = query == 1 ? 0 : n_seqs;
     header->bucket_logit_rows = header->bucket_segments = 0;
     for (int32_t i = 0; i < n_seqs; i++) {
         s->host.seq_slot[i] = i;

@@ -14,6 +14,7 @@
  * FlashAttention-2: Dao 2023. Bound by tensor cores (prefill) or by bytes of KV (decode). */
 #include "ops/backend.h"
 
+#include "kernels/attention_sm90.h"
 #include "kernels/attention_stream.cuh"
 
 #define ONES 0x3f803f80u /* two bf16 */
@@ -563,9 +564,12 @@ extern "C" mil_status mil_cuda_attention(mil_context *context, const mil_attenti
         params.cap_out = args->softcap * log2e;
         params.factor = 1.0f;
     }
+    const bool is_sm90 = mil_attention_is_sm90(context->queue, kv);
+    if (is_sm90 && header->bucket_chunks > 0)
+        MIL_TRY(mil_cuda_attention_sm90(context, args, &places));
     const int64_t n_items =
-        mil_attention_most_items(header->bucket_seqs, header->bucket_tokens, params.group,
-                                 mil_attention_tiles(args->n_heads, kv->n_kv_heads),
+        mil_attention_most_items(header->bucket_seqs, is_sm90 ? 0 : header->bucket_tokens,
+                                 params.group, mil_attention_tiles(args->n_heads, kv->n_kv_heads),
                                  mil_attention_max_splits(kv->n_kv_heads));
     return launch_any(context, params, n_items * kv->n_kv_heads);
 }

@@ -35,11 +35,12 @@ typedef struct mil_attention_item {
 /* step_data from its start: header, counters (zero between kernels), items. */
 typedef struct mil_attention_list {
     int32_t n_items;
+    int32_t n_chunk_items; /* the first so many are tiles of chunks that attention_sm90.cu takes */
 } mil_attention_list;
 
 typedef struct mil_attention_places {
     mil_attention_list *list;
-    mil_attention_item *items; /* [max_items], longest first */
+    mil_attention_item *items; /* [max_items]; of each kind, longest first */
     int32_t *counters;         /* [n_counters]: splits of a tile and kv head that are done */
     int32_t max_items;
     int32_t n_counters;
@@ -61,6 +62,15 @@ static inline int32_t mil_attention_tile_rows(int32_t head_dim)
 {
     return head_dim <= 64 ? 128 : head_dim <= 128 ? 96 : 64;
 }
+
+/* Whether attention_sm90.cu has a kernel for this shape: a box of 64 keys lies in one page. */
+static inline bool mil_attention_is_sm90(const mil_queue *queue, const mil_kv *kv)
+{
+    return queue->path == MIL_CUDA_SM90 && (kv->head_dim == 64 || kv->head_dim == 128) &&
+           kv->page_size % MIL_ATTENTION_BLOCK == 0;
+}
+
+#define MIL_ATTENTION_SM90_ROWS 128 /* packed, of its prefill tile: 64 of each warpgroup of two */
 
 /* So that one long row fills a GPU: some 256 splits over all kv heads, a power of two. */
 static inline int32_t mil_attention_max_splits(int32_t n_kv_heads)

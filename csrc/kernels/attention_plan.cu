@@ -11,8 +11,8 @@
 
 #include "kernels/attention.cuh"
 
-#define THREADS 1024 /* a group of sequences: one for each thread, then items of all, flat */
-#define N_CLASSES 128
+#define THREADS 1024  /* a group of sequences: one for each thread, then items of all, flat */
+#define N_CLASSES 128 /* of length; chunks' own, if they are apart, come before all others */
 
 typedef struct plan_params {
     const mil_plan_header *counts;
@@ -28,6 +28,7 @@ typedef struct plan_params {
     int32_t max_splits;
     int32_t max_keys; /* that a page table can hold */
     int32_t n_slots;
+    bool are_chunks_apart; /* the Hopper path's kernel takes them from the list's front */
 } plan_params;
 
 typedef struct plan_sequence {
@@ -39,7 +40,7 @@ typedef struct plan_shared {
     plan_sequence sequences[THREADS];
     int32_t first_item[THREADS + 1]; /* of each sequence of the group */
     int32_t warp_sums[THREADS / MIL_WARP];
-    int32_t classes[N_CLASSES]; /* items in it, then where its next one goes */
+    int32_t classes[2 * N_CLASSES]; /* items in it, then where its next one goes */
 } plan_shared;
 
 static __device__ __forceinline__ int32_t clamp(int32_t x, int32_t low, int32_t high)
@@ -130,12 +131,19 @@ static __device__ mil_attention_item item_of(const plan_params &p, const plan_se
     return item;
 }
 
-static __device__ int32_t class_of(const mil_attention_item &item)
+static __device__ bool is_apart(const plan_params &p, const plan_sequence &sequence)
+{
+    return p.are_chunks_apart && sequence.query_length > 1;
+}
+
+/* The greater, the earlier in the list. */
+static __device__ int32_t class_of(const mil_attention_item &item, bool is_apart)
 {
     const uint32_t keys = (uint32_t)max(item.key_end - item.key_begin, 1);
     const uint32_t n = (keys + MIL_ATTENTION_BLOCK - 1) / MIL_ATTENTION_BLOCK;
     const int32_t log2 = 31 - __clz((int)n);
-    return 4 * log2 + (int32_t)((log2 >= 2 ? n >> (log2 - 2) : n << (2 - log2)) & 3);
+    return (is_apart ? N_CLASSES : 0) + 4 * log2 +
+           (int32_t)((log2 >= 2 ? n >> (log2 - 2) : n << (2 - log2)) & 3);
 }
 
 /* Fill the shared arrays for sequences first .. first + THREADS; returns their items. */
@@ -161,7 +169,7 @@ static __device__ int32_t load_group(const plan_params &p, plan_shared &shared, 
 }
 
 static __device__ mil_attention_item find_item(const plan_params &p, const plan_shared &shared,
-                                               int32_t i)
+                                               int32_t i, int32_t *item_class)
 {
     int32_t low = 0, high = THREADS; /* first_item[low] <= i < first_item[high] */
     while (high - low > 1) {
@@ -171,7 +179,10 @@ static __device__ mil_attention_item find_item(const plan_params &p, const plan_
         else
             high = middle;
     }
-    return item_of(p, shared.sequences[low], i - shared.first_item[low]);
+    const plan_sequence &sequence = shared.sequences[low];
+    const mil_attention_item item = item_of(p, sequence, i - shared.first_item[low]);
+    *item_class = class_of(item, is_apart(p, sequence));
+    return item;
 }
 
 static __global__ void __launch_bounds__(THREADS) plan_kernel(const __grid_constant__ plan_params p)
@@ -183,33 +194,39 @@ static __global__ void __launch_bounds__(THREADS) plan_kernel(const __grid_const
     const int32_t n_seqs = clamp(p.counts->n_seqs, 0, p.bucket_seqs);
     for (int32_t i = t; i < p.places.n_counters; i += THREADS)
         p.places.counters[i] = 0;
-    if (t < N_CLASSES)
+    if (t < 2 * N_CLASSES)
         shared.classes[t] = 0;
     __syncthreads();
 
     int32_t n_items = 0, n_partials = 0;
     for (int32_t first = 0; first < n_seqs; first += THREADS) {
         const int32_t n = load_group(p, shared, first, n_seqs, &n_partials);
-        for (int32_t i = t; i < n; i += THREADS)
-            atomicAdd(&shared.classes[class_of(find_item(p, shared, i))], 1);
+        for (int32_t i = t; i < n; i += THREADS) {
+            int32_t item_class;
+            (void)find_item(p, shared, i, &item_class);
+            atomicAdd(&shared.classes[item_class], 1);
+        }
         n_items += n;
         __syncthreads();
     }
 
     int32_t longer = 0;
-    for (int32_t c = t + 1; c < N_CLASSES; c++)
+    for (int32_t c = t + 1; c < 2 * N_CLASSES; c++)
         longer += shared.classes[c];
     __syncthreads();
-    if (t < N_CLASSES)
+    if (t < 2 * N_CLASSES)
         shared.classes[t] = longer;
+    if (t == N_CLASSES - 1)
+        p.places.list->n_chunk_items = min(longer, p.places.max_items);
     __syncthreads();
 
     n_partials = 0;
     for (int32_t first = 0; first < n_seqs; first += THREADS) {
         const int32_t n = load_group(p, shared, first, n_seqs, &n_partials);
         for (int32_t i = t; i < n; i += THREADS) {
-            const mil_attention_item item = find_item(p, shared, i);
-            const int32_t at = atomicAdd(&shared.classes[class_of(item)], 1);
+            int32_t item_class;
+            const mil_attention_item item = find_item(p, shared, i, &item_class);
+            const int32_t at = atomicAdd(&shared.classes[item_class], 1);
             if (at < p.places.max_items)
                 p.places.items[at] = item;
         }
@@ -274,7 +291,9 @@ extern "C" mil_status mil_cuda_attention_plan(mil_context *context, const mil_be
     p.bucket_tokens = header->bucket_tokens;
     p.group = args->n_heads / kv->n_kv_heads;
     p.n_tiles = mil_attention_tiles(args->n_heads, kv->n_kv_heads);
-    p.tile_rows = mil_attention_tile_rows(kv->head_dim);
+    p.are_chunks_apart = mil_attention_is_sm90(context->queue, kv);
+    p.tile_rows =
+        p.are_chunks_apart ? MIL_ATTENTION_SM90_ROWS : mil_attention_tile_rows(kv->head_dim);
     p.max_splits = mil_attention_max_splits(kv->n_kv_heads);
     p.max_keys = max_keys > INT32_MAX / 2 ? INT32_MAX / 2 : (int32_t)max_keys;
     p.n_slots = args->slots->n_slots;

@@ -124,13 +124,14 @@ static __device__ __forceinline__ void take_item(const attention_params &p,
     const int64_t place = (turn & 1) != 0 ? n_blocks - 1 - blockIdx.x : blockIdx.x;
     const int64_t index = turn * n_blocks + place;
     at->key = at->end = 0;
-    if (index >= (int64_t)p.list->n_items * p.n_kv_heads) {
+    const int32_t n_before = p.list->n_chunk_items;
+    if (index >= (int64_t)(p.list->n_items - n_before) * p.n_kv_heads) {
         if (threadIdx.x == 0)
             queued->item.n_rows = 0;
         at->n_items--;
         return;
     }
-    const mil_attention_item item = p.items[(uint32_t)index / (uint32_t)p.n_kv_heads];
+    const mil_attention_item item = p.items[n_before + (uint32_t)index / (uint32_t)p.n_kv_heads];
     at->kv_head = (int32_t)((uint32_t)index % (uint32_t)p.n_kv_heads);
     at->slot = item.slot;
     at->end = item.key_end;

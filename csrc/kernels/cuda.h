@@ -14,8 +14,8 @@
 extern "C" {
 #endif
 
-/* Which kernels run: `x.cu` anywhere, `x_sm90.cu` on Hopper alone where an op has one (none has
- * yet). MILPY_CUDA_PATH=portable forces the first. */
+/* Which kernels run: `x.cu` anywhere, `x_sm90.cu` on Hopper alone where an op has one.
+ * MILPY_CUDA_PATH=portable forces the first. */
 typedef enum mil_cuda_path { MIL_CUDA_PORTABLE = 0, MIL_CUDA_SM90 } mil_cuda_path;
 
 struct mil_cublas; /* cublas.h: cuBLASLt's handle, workspace and table of algorithms */
@@ -31,8 +31,9 @@ typedef struct mil_queue {
     cudaEvent_t fork, join;
     cudaEvent_t fences[MIL_N_FENCES];
     struct mil_cublas *cublas;
-    bool has_pdl;  /* programmatic dependent launch, MILPY_CUDA_PDL=0 turns it off */
-    bool has_side; /* work beside the stream, MILPY_CUDA_SIDE=0 turns it off */
+    void *encode_tiled; /* tensor_map.h: the driver's, on the Hopper path */
+    bool has_pdl;       /* programmatic dependent launch, MILPY_CUDA_PDL=0 turns it off */
+    bool has_side;      /* work beside the stream, MILPY_CUDA_SIDE=0 turns it off */
 } mil_queue;
 
 /* MIL_OK, or a status whose message says what was tried and what CUDA answered. Clears the error.

@@ -6,6 +6,7 @@
 #include "kernels/device.h"
 
 #include "kernels/cublas.h"
+#include "kernels/tensor_map.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -127,6 +128,8 @@ static mil_status read_path(mil_queue *queue, int32_t capability)
     MIL_TRY(read_switch("MILPY_CUDA_SIDE", &queue->has_side));
     /* sm_90a code runs on 9.0 alone. */
     queue->path = capability == 90 && !is_forced ? MIL_CUDA_SM90 : MIL_CUDA_PORTABLE;
+    if (queue->path == MIL_CUDA_SM90)
+        MIL_TRY(mil_cuda_tensor_map_find(queue));
     /* Kernels that came from the PTX of an older architecture hold no wait for the one before. */
     int32_t arch;
     MIL_TRY(mil_cuda_kernels_arch(&arch));

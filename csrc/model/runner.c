@@ -322,6 +322,7 @@ static void fill_empty(mil_runner *runner, int32_t size, bool has_lora)
     mil_plan_view(runner->entry->plan, &runner->batch);
     mil_plan_header *header = runner->batch.header;
     header->bucket_seqs = header->bucket_tokens = header->bucket_logit_rows = size;
+    header->bucket_chunks = 0;
     header->bucket_segments = has_lora ? runner->options.limits.max_adapter_slots : 0;
     runner->bucket = -1;
 }
@@ -477,6 +478,7 @@ static void choose_buckets(mil_runner *runner)
     header->bucket_seqs = has_bucket ? size : header->n_seqs;
     header->bucket_tokens = has_bucket ? size : header->n_tokens;
     header->bucket_logit_rows = has_bucket ? size : header->n_logit_rows;
+    header->bucket_chunks = has_bucket ? 0 : header->n_seqs - header->n_decode;
     header->bucket_segments = has_bucket && header->n_segments > 0
                                   ? runner->options.limits.max_adapter_slots
                                   : header->n_segments;

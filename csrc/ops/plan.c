@@ -83,6 +83,7 @@ void mil_plan_reset(mil_plan *plan, const mil_plan_limits *limits, uint64_t step
     plan->header.bucket_seqs = limits->max_seqs;
     plan->header.bucket_tokens = limits->max_tokens;
     plan->header.bucket_logit_rows = limits->max_logit_rows;
+    plan->header.bucket_chunks = limits->max_seqs;
     plan->header.bucket_segments = limits->max_adapter_slots;
     mil_batch batch;
     mil_plan_view(plan, &batch);

@@ -93,7 +93,8 @@ static void lend_batch(mil_op_call *call, lent_batch *to, const batch_operands *
         .counts = {.n_seqs = S,
                    .n_tokens = o->n_tokens,
                    .bucket_seqs = S,
-                   .bucket_tokens = o->n_tokens},
+                   .bucket_tokens = o->n_tokens,
+                   .bucket_chunks = S},
         .to = mil_op_temporary(call, sizeof(mil_plan_header)),
         .iota = mil_op_temporary(call, (size_t)S * sizeof(int32_t)),
         .n_iota = S,
@@ -213,7 +214,8 @@ static void lend_no_pages(mil_op_call *call, lent_batch *to, const rope_operands
 {
     int32_t T = o->in->shape[0];
     to->fill = (mil_borrow_fill){
-        .counts = {.n_seqs = 1, .n_tokens = T, .bucket_seqs = 1, .bucket_tokens = T},
+        .counts =
+            {.n_seqs = 1, .n_tokens = T, .bucket_seqs = 1, .bucket_tokens = T, .bucket_chunks = 1},
         .to = mil_op_temporary(call, sizeof(mil_plan_header)),
         .few = {0, T, T, 0, 0}, /* query_indptr, kv_lengths, seq_slot, page_table */
         .few_to = mil_op_temporary(call, MIL_BORROW_FEW * sizeof(int32_t)),

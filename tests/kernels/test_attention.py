@@ -1,5 +1,7 @@
 """attention on a GPU: the formula over pages of NaN, and the same bits alone, in a batch, in a
-larger bucket and, between chunks of several tokens, however the prompt was cut."""
+larger bucket and, between chunks of several tokens, however the prompt was cut.
+
+Head sizes 64 and 128 with pages of 64 or more have a kernel of their own on the Hopper path."""
 
 from __future__ import annotations
 
@@ -22,6 +24,10 @@ HEADS = [
     (1, 1, 32, 16),
     (4, 2, 64, 16),
     (4, 4, 64, 64),
+    (8, 1, 64, 128),
+    (8, 4, 128, 256),
+    (7, 1, 128, 64),
+    (20, 1, 128, 64),
     (8, 2, 40, 32),
     (7, 1, 72, 64),
     (4, 1, 80, 64),
@@ -117,38 +123,42 @@ def test_context_of_128k(path: str) -> None:
 
 
 @paths
+@pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("window", [1, 15, 64, 100, 1500])
-def test_window(path: str, window: int) -> None:
-    seq = sequence(1300, 2, 1, 32)
+def test_window(path: str, window: int, D: int) -> None:
+    seq = sequence(1300, 2, 1, D)
     check(path, [(seq, 1100, 1300), (seq, 1299, 1300), (seq, 1296, 1300)], window=window)
 
 
 @paths
-def test_pages_before_the_window_are_never_read(path: str) -> None:
+@pytest.mark.parametrize(("D", "P"), [(32, 16), (64, 64), (128, 64)])
+def test_pages_before_the_window_are_never_read(path: str, D: int, P: int) -> None:
     """A window's past may have been given back: its page ids are not valid any more."""
-    seq = sequence(1300, 2, 1, 32)
-    for first in (1296, 1299):
-        q, batch, kv = paged([(seq, first, 1300)], 16)
+    seq = sequence(1300, 2, 1, D)
+    for first in (1230, 1296, 1299):
+        q, batch, kv = paged([(seq, first, 1300)], P)
         with Shim(path) as shim:
-            whole = shim.attention(q, batch, kv, 2, 32**-0.5, layer=1, window=40)
-            gone = (first + 1 - 40) // 16
+            whole = shim.attention(q, batch, kv, 2, D**-0.5, layer=1, window=40)
+            gone = (first + 1 - 40) // P
             kv.v[1, batch.page_table[0, :gone]] = 0xFFFF
             kv.k[1, batch.page_table[0, :gone]] = 0xFFFF
             batch.page_table[0, :gone] = -(2**24)
-            part = shim.attention(q, batch, kv, 2, 32**-0.5, layer=1, window=40)
+            part = shim.attention(q, batch, kv, 2, D**-0.5, layer=1, window=40)
         assert same(whole, part)
 
 
 @paths
-def test_softcap(path: str) -> None:
-    seq = sequence(300, 4, 2, 64)
+@pytest.mark.parametrize("D", [64, 128])
+def test_softcap(path: str, D: int) -> None:
+    seq = sequence(300, 4, 2, D)
     check(path, [(seq, 0, 300), (seq, 299, 300)], softcap=3.0)
 
 
 @paths
-def test_extreme_scores_stay_finite(path: str) -> None:
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_extreme_scores_stay_finite(path: str, D: int) -> None:
     """Scores of some thousands, growing along the keys: each block sets a new maximum."""
-    seq = sequence(400, 2, 1, 32)
+    seq = sequence(400, 2, 1, D)
     seq.q[:] = 0x3F80
     ramp = np.linspace(0, 400, 400)[:, None, None].astype(np.float32)
     seq.k[:] = np.broadcast_to(ramp.view(np.uint32) >> 16, seq.k.shape)
@@ -157,9 +167,9 @@ def test_extreme_scores_stay_finite(path: str) -> None:
 
 @paths
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-@pytest.mark.parametrize("N", [2, 16])
-def test_a_nan_of_ones_own_is_not_hidden(path: str, name: str, N: int) -> None:
-    seq = sequence(70, N, 1, 32)
+@pytest.mark.parametrize(("N", "D"), [(2, 32), (16, 32), (2, 64), (16, 128)])
+def test_a_nan_of_ones_own_is_not_hidden(path: str, name: str, N: int, D: int) -> None:
+    seq = sequence(70, N, 1, D)
     getattr(seq, name)[66] = 0x7FC0
     (got,) = run(path, [(seq, 64, 70)])
     is_nan = np.isnan(from_bf16(got)).all((1, 2))
@@ -183,30 +193,32 @@ def test_batch_mates_and_buckets_change_no_bits(path: str, N: int, K: int, D: in
         (alone,) = run(path, [own_part])
         for seqs in ([*mates, own_part], [own_part, *mates], [mates[0], own_part, *mates[1:]]):
             at = next(i for i, part in enumerate(seqs) if part is own_part)
-            assert same(run(path, seqs, P=16, seed=at)[at], alone)
+            assert same(run(path, seqs, seed=at)[at], alone)
         assert same(run(path, [own_part], captured=True, bucket=(9, 500))[0], alone)
 
 
 @paths
 @pytest.mark.parametrize(("N", "K", "D"), [(4, 1, 128), (4, 2, 64), (2, 2, 96), (2, 1, 256)])
 @pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("P", [16, 64])
 def test_chunks_of_several_tokens_change_no_bits(
-    path: str, N: int, K: int, D: int, window: int
+    path: str, N: int, K: int, D: int, window: int, P: int
 ) -> None:
     """Keys that a step has not written yet are NaN in its pages. Chunks of 2 to 4 tokens and tails
     are worked on as decode rows are, by another division of labour: the same sums."""
     seq = sequence(1100, N, K, D)
-    (whole,) = run(path, [(seq, 0, 1100)], window=window)
+    (whole,) = run(path, [(seq, 0, 1100)], P, window=window)
     cuts = [0, 2, 5, 64, 66, 200, 777, 1024, 1026, 1100]
     for first, end in zip(cuts, cuts[1:], strict=False):
-        (part,) = run(path, [(seq, first, end)], 16, seed=end, window=window)
+        (part,) = run(path, [(seq, first, end)], P, seed=end, window=window)
         assert same(part, whole[first:end]), (first, end)
 
 
 @paths
 def test_unsplit_decode_rows_have_the_bits_of_the_prompt(path: str) -> None:
+    """Where one kernel serves both: not with the Hopper path's chunks."""
     seq = sequence(256, 4, 1, 128)
-    (whole,) = run(path, [(seq, 0, 256)])
+    (whole,) = run(path, [(seq, 0, 256)], 32)
     for position in (0, 1, 62, 63, 64, 100, 255):
         (row,) = run(path, [(seq, position, position + 1)], 32)
         assert same(row[0], whole[position]), position

@@ -22,6 +22,17 @@ static mil_plan_limits limits_of(const shim_batch *from, const shim_extras *extr
     };
 }
 
+/* Padding may become anything when a captured op runs again, so then all may be chunks. */
+static int32_t n_chunks(const shim_batch *from)
+{
+    int32_t n = 0;
+    if (from->query_indptr == NULL || from->bucket_seqs > 0)
+        return larger(from->n_seqs, from->bucket_seqs);
+    for (int32_t s = 0; s < from->n_seqs; s++)
+        n += from->query_indptr[s + 1] - from->query_indptr[s] > 1;
+    return n;
+}
+
 static void fill_header(mil_plan_header *header, const shim_batch *from, const shim_extras *extras)
 {
     header->n_seqs = from->n_seqs;
@@ -35,6 +46,7 @@ static void fill_header(mil_plan_header *header, const shim_batch *from, const s
     header->n_adapter_sets = extras->n_adapter_sets;
     header->bucket_segments = extras->n_segments;
     header->bucket_seqs = larger(from->n_seqs, from->bucket_seqs);
+    header->bucket_chunks = n_chunks(from);
     header->bucket_tokens = larger(from->n_tokens, from->bucket_tokens);
     header->bucket_logit_rows = larger(extras->n_logit_rows, extras->bucket_logit_rows);
 }

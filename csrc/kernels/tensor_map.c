@@ -1,0 +1,41 @@
+#include "kernels/tensor_map.h"
+
+#define BOX_COLUMNS 64 /* bf16 of one swizzled row of 128 bytes */
+
+mil_status mil_cuda_tensor_map_find(mil_queue *queue)
+{
+    const char *name = "cuTensorMapEncodeTiled";
+    enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    void *entry = NULL;
+    /* 12.0 is where the function first was. */
+#if CUDART_VERSION >= 12050
+    MIL_CUDA_TRY(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found));
+#else
+    MIL_CUDA_TRY(cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &found));
+#endif
+    if (found != cudaDriverEntryPointSuccess || entry == NULL)
+        return mil_fail(MIL_ERR_DEVICE,
+                        "cuda:%d (%s): the driver has no %s, expected that of CUDA 12.0 or newer",
+                        queue->ordinal, queue->device_name, name);
+    queue->encode_tiled = entry;
+    return MIL_OK;
+}
+
+mil_status mil_cuda_tensor_map(CUtensorMap *out, const mil_queue *queue, const void *base,
+                               int32_t columns, uint64_t rows, int32_t box_rows)
+{
+    const __typeof__(&cuTensorMapEncodeTiled) encode = queue->encode_tiled;
+    const cuuint64_t size[2] = {(cuuint64_t)columns, rows};
+    const cuuint64_t row_bytes[1] = {(cuuint64_t)columns * sizeof(uint16_t)};
+    const cuuint32_t box[2] = {BOX_COLUMNS, (cuuint32_t)box_rows};
+    const cuuint32_t steps[2] = {1, 1};
+    CUresult result =
+        encode(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)base, size, row_bytes, box, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS)
+        return mil_fail(MIL_ERR_DEVICE,
+                        "cuda:%d: a tensor map of %llu rows of %d bf16 at %p was refused (%d)",
+                        queue->ordinal, (unsigned long long)rows, columns, base, (int)result);
+    return MIL_OK;
+}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cpu.tolerance import assert_close
-from helpers.cpu_shim import Array, Shim, ShimError, bf16, cuda_paths, from_bf16
+from helpers.cpu_shim import Array, Shim, ShimError, bf16, from_bf16
 
 pytestmark = pytest.mark.gpu
-paths = pytest.mark.parametrize("path", cuda_paths())
 
 SHAPES = [
     (1, 8, 8), (3, 24, 8), (7, 640, 8), (5, 4104, 8), (65, 14336, 8),
@@ -35,7 +34,6 @@ def held(x: Array) -> Array:
     return from_bf16(bf16(x)).astype(np.float32)
 
 
-@paths
 @pytest.mark.parametrize(("T", "F", "interleave"), SHAPES)
 @pytest.mark.parametrize("captured", [False, True])
 def test_act_is_the_formula(path: str, T: int, F: int, interleave: int, captured: bool) -> None:
@@ -46,7 +44,6 @@ def test_act_is_the_formula(path: str, T: int, F: int, interleave: int, captured
     assert_close("act", from_bf16(out), silu(gate.astype(np.float64)) * up)
 
 
-@paths
 @pytest.mark.parametrize("interleave", [0, 8])
 def test_act_over_the_whole_range_of_exp(path: str, interleave: int) -> None:
     """Every bfloat16 from -86 to 200, and one far below."""
@@ -62,7 +59,6 @@ def test_act_over_the_whole_range_of_exp(path: str, interleave: int) -> None:
     assert np.abs(from_bf16(far)).max() < 1e-34
 
 
-@paths
 @pytest.mark.parametrize(("F", "interleave", "at"), [(33, 0, 20), (32, 8, 20), (32, 8, 13)])
 def test_nan_stays_nan_and_in_its_place(path: str, F: int, interleave: int, at: int) -> None:
     ones = np.ones((1, F), np.float32)
@@ -75,7 +71,6 @@ def test_nan_stays_nan_and_in_its_place(path: str, F: int, interleave: int, at: 
     assert np.flatnonzero(np.isnan(of_up[0])).tolist() == [at]
 
 
-@paths
 def test_bits_do_not_depend_on_the_batch(path: str) -> None:
     gate_up = np.random.default_rng(3).standard_normal((37, 1040), np.float32) * 20
     with Shim(path) as shim:
@@ -84,7 +79,6 @@ def test_bits_do_not_depend_on_the_batch(path: str) -> None:
     assert np.array_equal(alone[0], whole[21])
 
 
-@paths
 def test_unknown_kind_is_refused(path: str) -> None:
     with Shim(path) as shim, pytest.raises(ShimError, match="act: kind is 3, expected 0"):
         shim.act(np.zeros((1, 2), np.float32), 0, kind=3)

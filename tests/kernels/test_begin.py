@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.cpu_shim import Array, Batch, LoraModule, Sampling, Shim, cuda_paths
+from helpers.cpu_shim import Array, Batch, LoraModule, Sampling, Shim
 
 pytestmark = pytest.mark.gpu
-paths = pytest.mark.parametrize("path", cuda_paths())
 N_SLOTS = 300
 MAX_PAGES = 40
 
@@ -50,7 +49,6 @@ def values(items: list[LoraModule]) -> list[tuple[object, ...]]:
     return [tuple(getattr(x, name) or 0 for name, _ in LoraModule._fields_) for x in items]
 
 
-@paths
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize(
     ("query", "n_decode", "bucket_seqs", "bucket_tokens"),
@@ -77,7 +75,6 @@ def test_tokens_of_slots_and_of_the_plan(
     assert (begun.adapter_slot == -7).all()
 
 
-@paths
 @pytest.mark.parametrize("n", [1, 95, 96, 97, 250])
 def test_slot_sets_come_before_tokens_are_gathered(path: str, n: int) -> None:
     batch = batch_of([1] * 100 + [5], 100)
@@ -98,7 +95,6 @@ def test_slot_sets_come_before_tokens_are_gathered(path: str, n: int) -> None:
         assert bytes(begun.sampling[slot]) == bytes(sampling(i))
 
 
-@paths
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
 def test_page_sets_write_their_entries_only(path: str, n: int) -> None:
     batch = batch_of([1], 1)
@@ -113,7 +109,6 @@ def test_page_sets_write_their_entries_only(path: str, n: int) -> None:
     assert np.array_equal(begun.page_table.reshape(-1), want)
 
 
-@paths
 def test_of_two_commands_the_later_one_holds(path: str) -> None:
     batch = batch_of([1] * 8, 8)
     rng = np.random.default_rng(1)
@@ -141,7 +136,6 @@ def test_of_two_commands_the_later_one_holds(path: str) -> None:
     assert values(begun.modules) == values(wanted)
 
 
-@paths
 @pytest.mark.parametrize("n_layers", [1, 3, 32])
 def test_adapter_slots_take_their_contents_descriptors(path: str, n_layers: int) -> None:
     batch, width = batch_of([1], 1), 7 * n_layers

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cpu.tolerance import assert_close
-from helpers.cpu_shim import Array, Shim, bf16, cuda_paths, from_bf16
+from helpers.cpu_shim import Array, Shim, bf16, from_bf16
 
 pytestmark = pytest.mark.gpu
-paths = pytest.mark.parametrize("path", cuda_paths())
 
 # K that no vector divides; one vector; a block's first round, its edge, several rounds.
 SHAPES = [(1, 1), (31, 7), (64, 64), (77, 130), (9, 4), (50, 4096), (33, 4100), (20, 16384)]
@@ -18,7 +17,6 @@ def weight_of(N: int, K: int) -> Array:
     return bf16(np.random.default_rng([N, K]).standard_normal((N, K)))
 
 
-@paths
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize("captured", [False, True])
 def test_rows_come_back_whole(path: str, N: int, K: int, captured: bool) -> None:
@@ -31,7 +29,6 @@ def test_rows_come_back_whole(path: str, N: int, K: int, captured: bool) -> None
     assert_close("embed", scaled, from_bf16(weight)[tokens] * np.float64(np.float32(1.7)))
 
 
-@paths
 @pytest.mark.parametrize("K", [15, 16])
 def test_tokens_of_other_ranks_give_zeros(path: str, K: int) -> None:
     weight = weight_of(40, K)
@@ -43,7 +40,6 @@ def test_tokens_of_other_ranks_give_zeros(path: str, K: int) -> None:
     assert np.array_equal(out, want)
 
 
-@paths
 def test_two_shards_add_up_to_the_whole(path: str) -> None:
     weight, tokens = weight_of(70, 24), np.arange(70)
     with Shim(path) as shim:
@@ -53,7 +49,6 @@ def test_two_shards_add_up_to_the_whole(path: str) -> None:
     assert np.array_equal(low + high, whole)
 
 
-@paths
 def test_no_tokens_is_no_work(path: str) -> None:
     with Shim(path) as shim:
         assert shim.embed(np.zeros(0), weight_of(4, 8), 4, 8).shape == (0, 8)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cpu.tolerance import assert_close
-from helpers.cpu_shim import Array, Shim, bf16, cuda_paths, from_bf16
+from helpers.cpu_shim import Array, Shim, bf16, from_bf16
 
 pytestmark = pytest.mark.gpu
-paths = pytest.mark.parametrize("path", cuda_paths())
 
 # H that no vector divides; one vector; one warp and its edges; where threads take four vectors, not
 # all of them whole; the longest row in registers and the first that is not.
@@ -31,7 +30,6 @@ def case(T: int, H: int) -> tuple[Array, Array, Array]:
     return x, from_bf16(bf16(residual)).astype(np.float32), rng.standard_normal(H, np.float32)
 
 
-@paths
 @pytest.mark.parametrize(("T", "H"), SHAPES)
 @pytest.mark.parametrize(("eps", "offset"), [(1e-5, 0.0), (1e-6, 1.0)])
 def test_norm_is_the_formula(path: str, T: int, H: int, eps: float, offset: float) -> None:
@@ -43,7 +41,6 @@ def test_norm_is_the_formula(path: str, T: int, H: int, eps: float, offset: floa
     assert np.array_equal(kept, x)
 
 
-@paths
 @pytest.mark.parametrize(("T", "H"), SHAPES)
 @pytest.mark.parametrize("captured", [False, True])
 def test_residual_is_added_to_x_first(path: str, T: int, H: int, captured: bool) -> None:
@@ -57,7 +54,6 @@ def test_residual_is_added_to_x_first(path: str, T: int, H: int, captured: bool)
     assert_close("norm", from_bf16(out), reference(x + residual, weight, 1e-5, 0.0))
 
 
-@paths
 @pytest.mark.parametrize("H", [33, 48, 4096])
 def test_rows_pick_and_leave_the_others_alone(path: str, H: int) -> None:
     x, residual, weight = case(9, H)
@@ -71,7 +67,6 @@ def test_rows_pick_and_leave_the_others_alone(path: str, H: int) -> None:
     assert_close("norm", from_bf16(out), reference(want[rows], weight, 1e-5, 0.0))
 
 
-@paths
 @pytest.mark.parametrize("H", [33, 4096])
 @pytest.mark.parametrize("rows", [[0, 2, 5], [3], [1, 5]])
 def test_padding_rows_add_no_residual_again(path: str, H: int, rows: list[int]) -> None:
@@ -86,7 +81,6 @@ def test_padding_rows_add_no_residual_again(path: str, H: int, rows: list[int]) 
     assert np.array_equal(kept, want)
 
 
-@paths
 @pytest.mark.parametrize(("T", "H"), [(64, 333), (300, 1024), (300, 4096), (20, 16384)])
 def test_bits_do_not_depend_on_the_batch(path: str, T: int, H: int) -> None:
     x, residual, weight = case(T, H)
@@ -100,7 +94,6 @@ def test_bits_do_not_depend_on_the_batch(path: str, T: int, H: int) -> None:
             assert alone is not None and np.array_equal(alone[0], whole[row])
 
 
-@paths
 @pytest.mark.parametrize("H", [33, 128, 4096])
 def test_a_row_that_is_not_finite_spoils_no_other(path: str, H: int) -> None:
     x, _, weight = case(5, H)

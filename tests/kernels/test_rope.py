@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from cpu.test_rope import MAX_POSITION, rotated, tables
 from cpu.tolerance import assert_close
-from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, cuda_paths, from_bf16
+from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, from_bf16
 
 pytestmark = pytest.mark.gpu
-paths = pytest.mark.parametrize("path", cuda_paths())
 
 N_PAGES = 64
 
@@ -69,7 +68,6 @@ def read_back(pages: Array, batch: Batch, first_page: int = 0) -> Array:
     return np.array(rows)
 
 
-@paths
 @pytest.mark.parametrize(("N", "K", "D", "P", "rotary_dim", "pairs"), SHAPES)
 @pytest.mark.parametrize("captured", [False, True])
 def test_rope_write(
@@ -86,7 +84,6 @@ def test_rope_write(
     assert (kv.k == 0xFFFF).all() and (kv.v == 0xFFFF).all(), "wrote outside its rows"
 
 
-@paths
 @pytest.mark.parametrize("pairs", [False, True])
 def test_bits_do_not_depend_on_the_batch(path: str, pairs: bool) -> None:
     qkv, batch, kv = case(8, 2, 128, 64)
@@ -103,7 +100,6 @@ def test_bits_do_not_depend_on_the_batch(path: str, pairs: bool) -> None:
     assert np.array_equal(read_back(kv.k, alone), read_back(alone_kv.k, alone))
 
 
-@paths
 def test_many_sequences_are_told_apart(path: str) -> None:
     """Chunks of every small length, empty ones among them: the search for a token's sequence."""
     rng = np.random.default_rng(8)
@@ -121,7 +117,6 @@ def test_many_sequences_are_told_apart(path: str) -> None:
     assert (kv.v == 0xFFFF).all(), "wrote outside its rows"
 
 
-@paths
 @pytest.mark.parametrize("page", [-1, N_PAGES, 2**31 - 1])
 def test_a_page_that_is_not_there_is_not_written(path: str, page: int) -> None:
     qkv, batch, kv = case(2, 1, 64, 16)
@@ -131,7 +126,6 @@ def test_a_page_that_is_not_there_is_not_written(path: str, page: int) -> None:
     assert (kv.k == 0xFFFF).all() and (kv.v == 0xFFFF).all()
 
 
-@paths
 def test_last_page_of_a_pool_beyond_4_gi_elements(path: str) -> None:
     N, K, D, P, pool_pages = 2, 8, 128, 64, 32800
     assert 2 * pool_pages * K * D * P > 2**32

@@ -57,7 +57,7 @@ __all__ = [
 Array: TypeAlias = Any
 Stream: TypeAlias = Any
 
-_DLPACK_CPU = 1
+_DLPACK_CPU, _DLPACK_CUDA_HOST = 1, 3
 _NO_SYNC = -1  # to __dlpack__: the op runs on the producer's own stream, or the caller orders it
 
 
@@ -84,23 +84,42 @@ def _operand(x: Array) -> Any:
     """What the core reads: a NumPy array as it is, a fresh capsule of any other."""
     if x is None or isinstance(x, np.ndarray) or not hasattr(x, "__dlpack__"):
         return x
-    on_device = x.__dlpack_device__()[0] != _DLPACK_CPU
-    arguments = {"stream": _NO_SYNC} if on_device else {}
+    arguments = {"stream": _NO_SYNC} if _device_of(x) is not None else {}
     try:
         return x.__dlpack__(max_version=(1, 0), **arguments)
     except TypeError:  # a producer from before DLPack 1.0
         return x.__dlpack__(**arguments)
 
 
-def _current_stream(arrays: Sequence[Array]) -> int:
-    """The producer's current stream, where one of the arrays says whose it is. Imports nothing."""
+def _device_of(x: Array) -> tuple[int, int] | None:
+    """DLPack's (type, number) of the device that x lies on; None for a host's array."""
+    if isinstance(x, np.ndarray) or not hasattr(x, "__dlpack_device__"):
+        return None
+    kind, ordinal = x.__dlpack_device__()
+    return None if kind in (_DLPACK_CPU, _DLPACK_CUDA_HOST) else (int(kind), int(ordinal))
+
+
+def _stream_of(x: Array, device: tuple[int, int]) -> int | None:
+    """The stream that x's library now works on, where its type tells it. Imports nothing."""
+    api = getattr(type(x), "__dlpack_c_exchange_api__", None)
+    if api is not None:
+        return _C.dlpack_stream(api, *device)
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and isinstance(x, torch.Tensor):  # before 2.10
+        return int(torch.cuda.current_stream(x.device).cuda_stream)
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        with x.device:
+            return int(cupy.cuda.get_current_stream().ptr)
+    return None
+
+
+def _current_stream(arrays: Sequence[Array]) -> int:
+    """Of the first array that tells one; else the legacy default stream."""
     for x in arrays:
-        if torch is not None and isinstance(x, torch.Tensor) and x.is_cuda:
-            return int(torch.cuda.current_stream(x.device).cuda_stream)
-        if cupy is not None and isinstance(x, cupy.ndarray):
-            with x.device:
-                return int(cupy.cuda.get_current_stream().ptr)
+        device = _device_of(x)
+        stream = None if device is None else _stream_of(x, device)
+        if stream is not None:
+            return stream
     return 0
 
 

@@ -1,5 +1,6 @@
 /* borrow: a queue on a caller's stream, and what its ops read beside the caller's arrays: counts
- * and index arrays that follow from shapes, LoRA descriptors, v in the plain layout.
+ * and index arrays that follow from shapes, the caller's own index arrays made safe, LoRA
+ * descriptors, v in the plain layout.
  *
  * A few hundred bytes each and bound by latency, v alone by its bytes. Arguments travel in the
  * launch, so that a captured one replays without the host. */
@@ -12,6 +13,48 @@
 #define BLOCK 256
 
 /* ---- kernels ---- */
+
+static __device__ __forceinline__ bool is_in(int32_t x, int32_t most)
+{
+    return x >= 0 && x <= most;
+}
+
+static __device__ void copy_indices(const mil_borrow_indices &args, int32_t i)
+{
+    if (i >= args.n)
+        return;
+    int32_t x = args.from[i];
+    args.to[i] = is_in(x, args.most) ? x : args.otherwise;
+}
+
+/* A running maximum by one block, BLOCK entries a round. */
+static __device__ void copy_starts(const mil_borrow_starts &args)
+{
+    __shared__ int32_t warp_most[BLOCK / MIL_WARP];
+    int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
+    int32_t before = 0;
+    for (int32_t first = 0; first < args.n; first += BLOCK) {
+        int32_t i = first + (int32_t)threadIdx.x;
+        int32_t x = i > 0 && i < args.n ? args.from[i] : 0;
+        x = is_in(x, args.most) ? x : 0;
+        x = i == args.n - 1 ? args.most : x;
+#pragma unroll
+        for (int offset = 1; offset < MIL_WARP; offset *= 2)
+            x = max(x, __shfl_up_sync(0xffffffffu, x, offset)); /* its own where there is none */
+        __syncthreads(); /* whoever still reads the round before */
+        if (lane == MIL_WARP - 1)
+            warp_most[warp] = x;
+        __syncthreads();
+        x = max(x, before);
+#pragma unroll
+        for (int w = 0; w < BLOCK / MIL_WARP; w++) {
+            x = w < warp ? max(x, warp_most[w]) : x;
+            before = max(before, warp_most[w]);
+        }
+        if (i < args.n)
+            args.to[i] = x;
+    }
+}
 
 static __global__ void fill_kernel(const __grid_constant__ mil_borrow_fill args)
 {
@@ -26,6 +69,11 @@ static __global__ void fill_kernel(const __grid_constant__ mil_borrow_fill args)
         args.iota[i] = i;
     if (i < args.n_ones)
         args.ones[i] = 1;
+#pragma unroll
+    for (int a = 0; a < MIL_BORROW_INDICES; a++)
+        copy_indices(args.indices[a], i);
+    if (blockIdx.x == 0)
+        copy_starts(args.starts);
 }
 
 static __global__ void modules_kernel(const __grid_constant__ mil_borrow_modules args)
@@ -46,20 +94,6 @@ static __global__ void modules_kernel(const __grid_constant__ mil_borrow_modules
     args.to[(int64_t)i * MIL_N_PROJECTIONS] = module;
 }
 
-/* The last segment that begins at or before row i: the one that holds it. */
-static __device__ int32_t segment_of(const mil_borrow_v &args, int32_t i)
-{
-    int32_t low = 0, high = args.n_segments;
-    while (low + 1 < high) {
-        int32_t middle = (low + high) / 2;
-        if (args.segment_indptr[middle] <= i)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 /* Splits in order, then the scale: as expand reads v. One thread for each value. */
 static __global__ void gather_kernel(const __grid_constant__ mil_borrow_v args)
 {
@@ -69,13 +103,15 @@ static __global__ void gather_kernel(const __grid_constant__ mil_borrow_v args)
     if (at >= (int64_t)args.n_rows * args.rank)
         return;
     int32_t row = (int32_t)(at / args.rank), r = (int32_t)(at % args.rank);
-    int32_t slot = args.segment_adapter[segment_of(args, row)];
+    int32_t segment = mil_segment_of(args.segment_indptr, 0, args.n_segments, row);
+    const mil_lora_module *module =
+        &args.modules[(int64_t)args.segment_adapter[segment] * MIL_N_PROJECTIONS];
     const float *v = args.v + row * args.v_stride + r;
     int32_t n_splits = mil_lora_splits(args.in, args.padded_rank);
     float sum = 0.0f;
     for (int32_t split = 0; split < n_splits; split++)
         sum += v[split * args.padded_rank];
-    args.plain[at] = sum * args.modules[(int64_t)slot * MIL_N_PROJECTIONS].scale;
+    args.plain[at] = module->rank > 0 ? sum * module->scale : 0.0f;
 }
 
 static __global__ void spread_kernel(const __grid_constant__ mil_borrow_v args)
@@ -100,6 +136,30 @@ static void *swap_stream(struct mil_queue *queue, void *stream)
     return was;
 }
 
+/* The queue's device is current: the call must not wake another one. */
+static mil_status exchange(struct mil_queue *queue, enum cudaStreamCaptureMode *mode)
+{
+    int32_t was;
+    MIL_TRY(mil_cuda_enter(queue, &was));
+    return mil_cuda_leave(
+        queue, was,
+        mil_cuda_status(cudaThreadExchangeStreamCaptureMode(mode), "relaxing captures"));
+}
+
+static mil_status relax_capture(struct mil_queue *queue, int32_t *mode)
+{
+    enum cudaStreamCaptureMode relaxed = cudaStreamCaptureModeRelaxed;
+    MIL_TRY(exchange(queue, &relaxed));
+    *mode = (int32_t)relaxed;
+    return MIL_OK;
+}
+
+static void restore_capture(struct mil_queue *queue, int32_t mode)
+{
+    enum cudaStreamCaptureMode own = (enum cudaStreamCaptureMode)mode;
+    (void)exchange(queue, &own);
+}
+
 static unsigned blocks_of(int64_t n)
 {
     return (unsigned)((n + BLOCK - 1) / BLOCK);
@@ -117,11 +177,17 @@ static mil_status launch(struct mil_queue *queue, const char *what, void (*kerne
         queue, was, mil_launch(queue, what, kernel, dim3(blocks_of(n)), dim3(BLOCK), 0, *args));
 }
 
+static int32_t larger(int32_t a, int32_t b)
+{
+    return a > b ? a : b;
+}
+
 static mil_status fill(struct mil_queue *queue, const mil_borrow_fill *args)
 {
-    int32_t n = args->n_iota > args->n_ones ? args->n_iota : args->n_ones;
-    return launch(queue, "borrow: fill", fill_kernel, n > MIL_BORROW_FEW ? n : MIL_BORROW_FEW,
-                  args);
+    int32_t n = larger(MIL_BORROW_FEW, larger(args->n_iota, args->n_ones));
+    for (int32_t a = 0; a < MIL_BORROW_INDICES; a++)
+        n = larger(n, args->indices[a].n);
+    return launch(queue, "borrow: fill", fill_kernel, n, args);
 }
 
 static mil_status write_modules(struct mil_queue *queue, const mil_borrow_modules *args)
@@ -149,5 +215,6 @@ static mil_status plan_attention(mil_context *context, const mil_begin_args *arg
 }
 
 extern "C" const mil_borrow mil_cuda_borrow = {
-    swap_stream, fill, write_modules, gather_v, spread_v, plan_attention,
+    swap_stream,   relax_capture, restore_capture, fill,
+    write_modules, gather_v,      spread_v,        plan_attention,
 };

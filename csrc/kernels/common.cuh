@@ -49,6 +49,23 @@ static __device__ __forceinline__ void mil_let_next_start()
 #endif
 }
 
+/* ---- segments ---- */
+
+/* Of low .. high - 1 the last segment that starts at or before `at`: the one that holds it, where
+ * starts ascend. In range whatever they hold. */
+static __device__ __forceinline__ int32_t mil_segment_of(const int32_t *starts, int32_t low,
+                                                         int32_t high, int32_t at)
+{
+    while (low + 1 < high) {
+        int32_t middle = low + (high - low) / 2;
+        if (starts[middle] <= at)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 /* ---- bfloat16 ---- */
 
 static __device__ __forceinline__ float mil_widen(uint16_t bits)

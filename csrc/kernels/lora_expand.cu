@@ -131,7 +131,7 @@ static __device__ __forceinline__ void multiply(float (&d)[4][4], const fragment
 static __device__ __forceinline__ void add_to_y(const expand_params &p, int32_t part, int32_t out,
                                                 int32_t t, int32_t c, const float (&delta)[8])
 {
-    uint16_t *row = p.y + (int64_t)min(max(t, 0), p.n_tokens - 1) * p.ldy;
+    uint16_t *row = p.y + (int64_t)t * p.ldy;
     if (p.is_vector && c + 8 <= out) {
         uint16_t *at = row + y_column(p, part, c);
         float y[8];
@@ -182,13 +182,14 @@ static __global__ void __launch_bounds__(THREADS) expand_kernel(expand_params p)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int32_t row = lane / 4 + 8 * half;
-            if (row >= tile.n_rows)
-                continue;
+            int32_t t = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
+            if ((uint32_t)t >= (uint32_t)p.n_tokens)
+                continue; /* there is no such row */
             float delta[8];
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 delta[i] = d[i / 2][2 * half + i % 2];
-            add_to_y(p, part, out, p.batch.lora_rows[tile.first + row], c0 + 8 * (lane % 4), delta);
+            add_to_y(p, part, out, t, c0 + 8 * (lane % 4), delta);
         }
     }
 }

@@ -140,9 +140,8 @@ static __global__ void __launch_bounds__(THREADS) shrink_kernel(shrink_params p)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         int32_t row = row0 + lane / 4 + 8 * h;
-        bool is_there = row < tile.n_rows;
-        int32_t t = is_there ? p.batch.lora_rows[tile.first + row] : 0;
-        x[h] = is_there ? p.x + (int64_t)min(max(t, 0), p.n_tokens - 1) * p.ldx : nullptr;
+        int32_t t = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
+        x[h] = (uint32_t)t < (uint32_t)p.n_tokens ? p.x + (int64_t)t * p.ldx : nullptr;
     }
     for (int32_t rank0 = 0; rank0 < padded_rank; rank0 += RANK_TILE) {
         const uint16_t *a[2];

@@ -23,22 +23,11 @@ typedef struct place {
     int64_t row;   /* of kv head 0 in kv.k and kv.v, where there is a page */
 } place;
 
-/* The last sequence that begins at or before token t: the one that holds it. Chunks lie in
- * [n_decode, n_seqs); a decode row's sequence is its own index. */
+/* Chunks lie in [n_decode, n_seqs); a decode row's sequence is its own index. */
 static __device__ __forceinline__ int32_t sequence_of(const mil_batch &batch, int32_t t,
                                                       int32_t n_decode, int32_t n_seqs)
 {
-    if (t < n_decode)
-        return t;
-    int32_t low = n_decode, high = n_seqs;
-    while (low + 1 < high) {
-        int32_t middle = (low + high) / 2;
-        if (batch.query_indptr[middle] <= t)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
+    return t < n_decode ? t : mil_segment_of(batch.query_indptr, n_decode, n_seqs, t);
 }
 
 static __device__ __forceinline__ place find_place(const mil_rope_write_args &args,

@@ -10,6 +10,7 @@ static void *swap_stream(struct mil_queue *queue, void *stream)
     return NULL;
 }
 
+/* Index arrays were checked: the host sees its own. */
 static mil_status fill(struct mil_queue *queue, const mil_borrow_fill *args)
 {
     (void)queue;

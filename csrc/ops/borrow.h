@@ -12,8 +12,25 @@ extern "C" {
 #endif
 
 #define MIL_BORROW_FEW 8
+#define MIL_BORROW_INDICES 2
 
-/* *to = counts, few_to[i] = few[i], iota[i] = i, ones[i] = 1. NULL: not wanted. */
+/* to[i] = from[i] where 0 <= from[i] <= most, else otherwise. */
+typedef struct mil_borrow_indices {
+    const int32_t *from;
+    int32_t *to; /* [n] */
+    int32_t n, most, otherwise;
+} mil_borrow_indices;
+
+/* Where segments start, and the last one's end: from[i], but to[0] is 0, to[n - 1] is most, and an
+ * entry that is below the one before it or above most is the one before it. */
+typedef struct mil_borrow_starts {
+    const int32_t *from;
+    int32_t *to; /* [n] */
+    int32_t n, most;
+} mil_borrow_starts;
+
+/* *to = counts, few_to[i] = few[i], iota[i] = i, ones[i] = 1. NULL: not wanted. Index arrays of the
+ * caller's that the host cannot see are copied, so that ops may trust them; n 0: not wanted. */
 typedef struct mil_borrow_fill {
     mil_plan_header counts;
     mil_plan_header *to;
@@ -22,10 +39,12 @@ typedef struct mil_borrow_fill {
     int32_t *iota;   /* [n_iota] */
     int32_t *ones;   /* [n_ones] */
     int32_t n_iota, n_ones;
+    mil_borrow_indices indices[MIL_BORROW_INDICES];
+    mil_borrow_starts starts;
 } mil_borrow_fill;
 
 /* Descriptors of adapters that lie one after another, of one linear; the n_slots - n_adapters after
- * them are absent. */
+ * them are absent, one at least: what an index that is no adapter's stands for. */
 typedef struct mil_borrow_modules {
     mil_lora_module *to; /* [n_slots][MIL_N_PROJECTIONS], projection 0 is written */
     int32_t n_slots, n_adapters;
@@ -34,7 +53,8 @@ typedef struct mil_borrow_modules {
     size_t a_bytes, b_bytes; /* from one adapter to the next */
 } mil_borrow_modules;
 
-/* LoRA's v between the caller's [n_rows, rank] and what shrink leaves, expand reads. */
+/* LoRA's v between the caller's [n_rows, rank] and what shrink leaves, expand reads. A row of an
+ * absent adapter is zeros. */
 typedef struct mil_borrow_v {
     float *v;
     int64_t v_stride;
@@ -52,6 +72,10 @@ typedef struct mil_borrow {
      * kernel before it: ops read weights early, and here a caller's kernel may have written them.
      */
     void *(*swap_stream)(struct mil_queue *queue, void *stream);
+    /* From here on this thread may do what a capture forbids, be it its own or another thread's:
+     * the first launch of a kernel loads it. *mode: to be given back. NULL on a host. */
+    mil_status (*relax_capture)(struct mil_queue *queue, int32_t *mode);
+    void (*restore_capture)(struct mil_queue *queue, int32_t mode);
     mil_status (*fill)(struct mil_queue *queue, const mil_borrow_fill *args);
     mil_status (*write_modules)(struct mil_queue *queue, const mil_borrow_modules *args);
     /* plain = what shrink left, summed and scaled. */

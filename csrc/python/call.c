@@ -200,6 +200,30 @@ void *mil_op_lend(mil_op_call *call, const mil_operand *operand)
     return loan->slab.data;
 }
 
+int32_t *mil_op_lend_indices(mil_op_call *call, const mil_operand *operand,
+                             mil_borrow_indices *copy, int32_t most, int32_t otherwise)
+{
+    int32_t *given = mil_op_lend(call, operand);
+    if (given == NULL || !operand->is_cuda)
+        return given;
+    int32_t *to = mil_op_temporary(call, operand->n_bytes);
+    if (to != NULL)
+        *copy = (mil_borrow_indices){given, to, operand->shape[0], most, otherwise};
+    return to;
+}
+
+int32_t *mil_op_lend_starts(mil_op_call *call, const mil_operand *operand, mil_borrow_starts *copy,
+                            int32_t most)
+{
+    int32_t *given = mil_op_lend(call, operand);
+    if (given == NULL || !operand->is_cuda)
+        return given;
+    int32_t *to = mil_op_temporary(call, operand->n_bytes);
+    if (to != NULL)
+        *copy = (mil_borrow_starts){given, to, operand->shape[0], most};
+    return to;
+}
+
 static void widen(float *to, const uint16_t *from, size_t n)
 {
     for (size_t i = 0; i < n; i++)

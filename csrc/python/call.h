@@ -69,6 +69,13 @@ PyObject *mil_op_run(mil_op_call *call, mil_op_body body, void *argument);
 
 /* Where the op finds an operand; NULL for NULL. */
 void *mil_op_lend(mil_op_call *call, const mil_operand *operand);
+/* Index arrays of mil_op_take_indices. Those of a host were checked; a copy is asked of *copy for
+ * those on a device: entries outside [0, most] become otherwise (mil_borrow_indices), or starts of
+ * segments ascend from 0 to most (mil_borrow_starts). */
+int32_t *mil_op_lend_indices(mil_op_call *call, const mil_operand *operand,
+                             mil_borrow_indices *copy, int32_t most, int32_t otherwise);
+int32_t *mil_op_lend_starts(mil_op_call *call, const mil_operand *operand, mil_borrow_starts *copy,
+                            int32_t most);
 /* As the backend's product_dtype. */
 void *mil_op_lend_product(mil_op_call *call, const mil_operand *operand);
 /* Memory where the op runs, for this call; zeroed on the host only. */

@@ -5,6 +5,18 @@
 
 #define MAX_VOCAB (1 << 24) /* what a row of sample's workspace is made for */
 
+PyObject *mil_py_dlpack_stream(PyObject *module, PyObject *args)
+{
+    PyObject *exchange_api;
+    int device_type, device_id;
+    void *stream = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Oii:dlpack_stream", &exchange_api, &device_type, &device_id) ||
+        mil_dlpack_stream(&stream, exchange_api, device_type, device_id) != 0)
+        return NULL;
+    return PyLong_FromVoidPtr(stream);
+}
+
 /* ---- rms_norm ---- */
 
 typedef struct norm_operands {
@@ -236,6 +248,8 @@ static void run_sample(mil_op_call *call, void *argument)
     const sample_operands *o = argument;
     const mil_backend *backend = call->context->backend;
     int32_t n = o->logits->shape[0], V = o->logits->shape[1];
+    if (backend->max_vocab > 0)
+        mil_op_expect_in(call, "logits' columns", V, 1, backend->max_vocab);
     mil_borrow_fill fill = {
         .counts = {.n_logit_rows = n, .bucket_logit_rows = n},
         .to = mil_op_temporary(call, sizeof(mil_plan_header)),

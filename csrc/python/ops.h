@@ -4,6 +4,9 @@
 
 #include "python/state.h"
 
+/* dlpack_stream(exchange_api, device_type, device_id) -> handle */
+PyObject *mil_py_dlpack_stream(PyObject *module, PyObject *args);
+
 PyObject *mil_py_op_rms_norm(PyObject *module, PyObject *args);
 PyObject *mil_py_op_silu_and_mul(PyObject *module, PyObject *args);
 PyObject *mil_py_op_linear(PyObject *module, PyObject *args);

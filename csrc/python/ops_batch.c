@@ -11,7 +11,7 @@
 typedef struct batch_operands {
     mil_operand *page_table, *query_indptr, *kv_lengths, *positions;
     mil_operand *k_cache, *v_cache;
-    int32_t n_tokens;
+    int32_t n_tokens, n_positions; /* n_positions: rows of cos and sin */
 } batch_operands;
 
 /* A batch where ops read it; the pointers of one go to the others. */
@@ -76,25 +76,39 @@ static void expect_batch(mil_op_call *call, const batch_operands *o)
                      "of two and a multiple of 8",
                      call->op, P, D);
     int32_t S = mil_op_size(o->kv_lengths, 0);
+    mil_op_expect_in(call, "the number of sequences", S, o->n_tokens > 0, INT32_MAX);
     mil_op_expect(call, o->kv_lengths, MIL_DTYPE_I32, MIL_SHAPE(S));
     mil_op_expect(call, o->query_indptr, MIL_DTYPE_I32, MIL_SHAPE(S < INT32_MAX ? S + 1 : S));
     mil_op_expect(call, o->page_table, MIL_DTYPE_I32, MIL_SHAPE(S, MIL_ANY));
+    mil_op_expect_in(call, "page_table's columns", mil_op_size(o->page_table, 1), o->n_tokens > 0,
+                     INT32_MAX);
     if (call->status != MIL_OK || o->kv_lengths->is_cuda)
         return;
     check_lengths(call, o);
     check_pages(call, o);
 }
 
+/* Keys that a row of the page table has pages for. */
+static int32_t most_keys_of(const batch_operands *o)
+{
+    int64_t n = (int64_t)o->page_table->shape[1] * o->k_cache->shape[2];
+    return n < INT32_MAX / 2 ? (int32_t)n : INT32_MAX / 2;
+}
+
+static int32_t *lend_positions(mil_op_call *call, const batch_operands *o, mil_borrow_fill *fill)
+{
+    return mil_op_lend_indices(call, o->positions, &fill->indices[1], o->n_positions - 1, 0);
+}
+
 static void lend_batch(mil_op_call *call, lent_batch *to, const batch_operands *o)
 {
-    int32_t S = o->kv_lengths->shape[0];
+    int32_t S = o->kv_lengths->shape[0], T = o->n_tokens;
     const mil_operand *k = o->k_cache;
+    int32_t most_keys = most_keys_of(o);
+    mil_borrow_fill *fill = &to->fill;
     to->fill = (mil_borrow_fill){
-        .counts = {.n_seqs = S,
-                   .n_tokens = o->n_tokens,
-                   .bucket_seqs = S,
-                   .bucket_tokens = o->n_tokens,
-                   .bucket_chunks = S},
+        .counts =
+            {.n_seqs = S, .n_tokens = T, .bucket_seqs = S, .bucket_tokens = T, .bucket_chunks = S},
         .to = mil_op_temporary(call, sizeof(mil_plan_header)),
         .iota = mil_op_temporary(call, (size_t)S * sizeof(int32_t)),
         .n_iota = S,
@@ -103,9 +117,9 @@ static void lend_batch(mil_op_call *call, lent_batch *to, const batch_operands *
         .header = &to->fill.counts,
         .counts = to->fill.to,
         .seq_slot = to->fill.iota,
-        .query_indptr = mil_op_lend(call, o->query_indptr),
-        .kv_lengths = mil_op_lend(call, o->kv_lengths),
-        .positions = mil_op_lend(call, o->positions),
+        .query_indptr = mil_op_lend_starts(call, o->query_indptr, &fill->starts, T),
+        .kv_lengths = mil_op_lend_indices(call, o->kv_lengths, &fill->indices[0], most_keys, -1),
+        .positions = lend_positions(call, o, fill),
     };
     to->slots = (mil_slots){
         .n_slots = S,
@@ -154,16 +168,14 @@ static void run_attention(mil_op_call *call, void *argument)
         .window = o->window,
         .softcap = o->softcap,
     };
-    int64_t most = (int64_t)lent.slots.max_pages * lent.kv.page_size;
-    mil_op_size_workspace(
-        call, (mil_maxima){.max_tokens = T,
-                           .max_seqs = S,
-                           .max_position = most < INT32_MAX / 2 ? (int32_t)most : INT32_MAX / 2,
-                           .n_heads = N,
-                           .n_kv_heads = lent.kv.n_kv_heads,
-                           .head_dim = lent.kv.head_dim,
-                           .page_size = lent.kv.page_size,
-                           .max_pages_per_seq = lent.slots.max_pages});
+    mil_op_size_workspace(call, (mil_maxima){.max_tokens = T,
+                                             .max_seqs = S,
+                                             .max_position = most_keys_of(&o->batch),
+                                             .n_heads = N,
+                                             .n_kv_heads = lent.kv.n_kv_heads,
+                                             .head_dim = lent.kv.head_dim,
+                                             .page_size = lent.kv.page_size,
+                                             .max_pages_per_seq = lent.slots.max_pages});
     const mil_begin_args begin = {
         .batch = &lent.batch, .slots = &lent.slots, .kv = &lent.kv, .n_heads = N};
     if (call->status == MIL_OK)
@@ -229,7 +241,7 @@ static void lend_no_pages(mil_op_call *call, lent_batch *to, const rope_operands
         .query_indptr = few,
         .kv_lengths = few + 2,
         .seq_slot = few + 3,
-        .positions = mil_op_lend(call, o->batch.positions),
+        .positions = lend_positions(call, &o->batch, &to->fill),
     };
     to->slots = (mil_slots){.n_slots = 1, .max_pages = 1, .page_table = few + 4};
     to->kv = (mil_kv){.n_pages = 1, .page_size = T, .head_dim = o->head_dim};
@@ -263,12 +275,14 @@ static void run_rope(mil_op_call *call, void *argument)
         call->status = call->context->backend->rope_write(call->context, &args);
 }
 
-static void expect_angles(mil_op_call *call, const rope_operands *o)
+static void expect_angles(mil_op_call *call, rope_operands *o)
 {
     mil_op_expect(call, o->cos, MIL_DTYPE_F32, MIL_SHAPE(MIL_ANY, MIL_ANY));
     int32_t n = mil_op_size(o->cos, 0), half = mil_op_size(o->cos, 1);
     mil_op_expect(call, o->sin, MIL_DTYPE_F32, MIL_SHAPE(n, half));
     mil_op_expect_in(call, "cos' columns", half, 1, o->head_dim / 2);
+    mil_op_expect_in(call, "cos' rows", n, mil_op_size(o->in, 0) > 0, INT32_MAX);
+    o->batch.n_positions = n;
     mil_op_expect(call, o->batch.positions, MIL_DTYPE_I32, MIL_SHAPE(mil_op_size(o->in, 0)));
     if (call->status != MIL_OK || o->batch.positions->is_cuda)
         return;

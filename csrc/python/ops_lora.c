@@ -73,8 +73,9 @@ static void lend_modules(mil_op_call *call, lent_lora *to, const lora_operands *
 {
     const mil_backend *backend = call->context->backend;
     int32_t G = o->adapter->shape[0];
-    /* A launch has room for one tile part full of each slot: segments may be more than adapters. */
-    int32_t n_slots = G > o->n_adapters ? G : o->n_adapters;
+    /* A launch has room for one tile part full of each slot: segments may be more than adapters.
+     * Past the adapters is a slot that is none. */
+    int32_t n_slots = G > o->n_adapters ? G : o->n_adapters + 1;
     size_t n_bytes = (size_t)n_slots * MIL_N_PROJECTIONS * sizeof(mil_lora_module);
     to->modules = (mil_borrow_modules){
         .to = mil_op_temporary(call, n_bytes),
@@ -109,9 +110,10 @@ static void lend_segments(mil_op_call *call, lent_lora *to, const lora_operands 
     to->batch = (mil_batch){
         .header = &to->fill.counts,
         .counts = to->fill.to,
-        .segment_indptr = mil_op_lend(call, o->indptr),
-        .segment_adapter = mil_op_lend(call, o->adapter),
-        .lora_rows = mil_op_lend(call, o->rows),
+        .segment_indptr = mil_op_lend_starts(call, o->indptr, &to->fill.starts, o->n_rows),
+        .segment_adapter = mil_op_lend_indices(call, o->adapter, &to->fill.indices[0],
+                                               o->n_adapters - 1, o->n_adapters),
+        .lora_rows = mil_op_lend_indices(call, o->rows, &to->fill.indices[1], T - 1, -1),
     };
     to->v = (mil_borrow_v){
         .v = mil_op_temporary(call, (size_t)o->n_rows * (size_t)stride * sizeof(float)),

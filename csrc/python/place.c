@@ -119,19 +119,34 @@ mil_status mil_place_find(mil_place **out, mil_places *places, bool is_cuda, int
 
 /* ---- one op ---- */
 
+/* The calling thread works for the place: in its pool, or by the rules of a capture relaxed. */
+static mil_status lend_thread(mil_place *place)
+{
+    if (place->context.pool != NULL)
+        return mil_pool_enter(place->context.pool, &place->saved);
+    return place->borrow->relax_capture(place->context.queue, &place->capture_mode);
+}
+
+static void give_thread_back(mil_place *place)
+{
+    if (place->context.pool != NULL)
+        mil_pool_leave(place->context.pool, &place->saved);
+    else
+        place->borrow->restore_capture(place->context.queue, place->capture_mode);
+}
+
 mil_status mil_place_enter(mil_place *place)
 {
     pthread_mutex_lock(&place->lock);
     place->at_block = 0;
     place->at_bytes = 0;
     place->context.is_deterministic = false;
-    if (place->context.pool != NULL) {
-        mil_status status = mil_pool_enter(place->context.pool, &place->saved);
-        if (status != MIL_OK)
-            pthread_mutex_unlock(&place->lock);
+    mil_status status = lend_thread(place);
+    if (status != MIL_OK) {
+        pthread_mutex_unlock(&place->lock);
         return status;
     }
-    if (!place->is_lent) {
+    if (place->is_cuda && !place->is_lent) {
         place->own_stream = place->borrow->swap_stream(place->context.queue, place->stream);
         place->is_swapped = true;
     }
@@ -140,11 +155,10 @@ mil_status mil_place_enter(mil_place *place)
 
 void mil_place_leave(mil_place *place)
 {
-    if (place->context.pool != NULL)
-        mil_pool_leave(place->context.pool, &place->saved);
     if (place->is_swapped)
         (void)place->borrow->swap_stream(place->context.queue, place->own_stream);
     place->is_swapped = false;
+    give_thread_back(place);
     pthread_mutex_unlock(&place->lock);
 }
 

@@ -25,6 +25,7 @@ typedef struct mil_place {
     pthread_mutex_t lock;
     mil_thread_state saved;
     bool is_swapped;
+    int32_t capture_mode;              /* the calling thread's own, while an op runs */
     mil_slab blocks[MIL_PLACE_BLOCKS]; /* of scratch, dealt out anew for each op */
     int32_t n_blocks, at_block;
     size_t at_bytes;

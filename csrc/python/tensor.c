@@ -40,6 +40,14 @@ typedef struct dl_versioned {
     dl_tensor tensor;
 } dl_versioned;
 
+/* What a producer's type offers to C code. */
+typedef struct dl_exchange {
+    uint32_t major, minor;
+    const struct dl_exchange *older; /* of an earlier major version, or NULL */
+    void (*conversions[4])(void);
+    int (*current_work_stream)(int32_t device_type, int32_t device_id, void **out);
+} dl_exchange;
+
 /* ---- text ---- */
 
 void mil_operand_describe(char text[MIL_OPERAND_TEXT], mil_dtype dtype, int32_t n_dims,
@@ -240,6 +248,22 @@ void mil_operand_release(mil_operand *operand)
     Py_CLEAR(operand->array);
     mil_free(operand->copy);
     operand->managed = operand->copy = NULL;
+}
+
+int mil_dlpack_stream(void **out, PyObject *exchange_api, int32_t device_type, int32_t device_id)
+{
+    const dl_exchange *api = PyCapsule_GetPointer(exchange_api, "dlpack_exchange_api");
+    if (api == NULL)
+        return -1;
+    uint32_t newest = api->major;
+    while (api != NULL && api->major != DL_MAJOR)
+        api = api->older;
+    if (api == NULL) {
+        PyErr_Format(PyExc_BufferError, "the producer's exchange API is of DLPack %u, expected %d",
+                     newest, DL_MAJOR);
+        return -1;
+    }
+    return api->current_work_stream(device_type, device_id, out);
 }
 
 /* ---- what an op wants of it ---- */

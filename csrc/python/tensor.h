@@ -1,6 +1,6 @@
 /* An array of Python's as an op sees it: a NumPy array, or a DLPack capsule of another library.
  *
- * DLPack's ABI is declared in tensor.c (dlpack.h 1.0 and the unversioned struct before it). A
+ * DLPack's ABI is declared in tensor.c (dlpack.h 1.3 and the unversioned struct before 1.0). A
  * capsule is consumed: its tensor is given back by its own deleter when the operand is released. */
 #pragma once
 
@@ -41,6 +41,10 @@ mil_status mil_operand_expect(const mil_operand *operand, const char *op, mil_dt
 #define MIL_OPERAND_TEXT 96
 void mil_operand_describe(char text[MIL_OPERAND_TEXT], mil_dtype dtype, int32_t n_dims,
                           const int32_t *shape);
+
+/* The stream that a producer now works on, by its type's table for DLPack (the capsule
+ * __dlpack_c_exchange_api__, DLPack 1.3); needs the GIL. 0, or -1 with a Python exception. */
+int mil_dlpack_stream(void **out, PyObject *exchange_api, int32_t device_type, int32_t device_id);
 
 /* Replace the data of a host operand by a copy of its own. */
 mil_status mil_operand_copy(mil_operand *operand) MIL_WARN_UNUSED;

@@ -10,25 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from helpers.dlpack import CUDA, Producer
+
 Array = NDArray[Any]
-READ_ONLY = 1
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1
-
-
-class _Tensor(ct.Structure):
-    _fields_ = [
-        ("data", ct.c_void_p), ("device_type", ct.c_int32), ("device_id", ct.c_int32),
-        ("n_dims", ct.c_int32), ("code", ct.c_uint8), ("bits", ct.c_uint8),
-        ("lanes", ct.c_uint16), ("shape", ct.c_void_p), ("strides", ct.c_void_p),
-        ("byte_offset", ct.c_uint64),
-    ]  # fmt: skip
-
-
-class _Versioned(ct.Structure):
-    _fields_ = [
-        ("major", ct.c_uint32), ("minor", ct.c_uint32), ("context", ct.c_void_p),
-        ("deleter", ct.c_void_p), ("flags", ct.c_uint64), ("tensor", _Tensor),
-    ]  # fmt: skip
+_GUARD, _KNOWN = 256, 0xA5  # bytes on each side of an array, and what they hold
 
 
 @functools.cache
@@ -49,62 +35,48 @@ def _call(name: str, *arguments: Any) -> None:
     assert status == 0, f"{name}: {status}"
 
 
-class DeviceArray:
-    """A copy of a NumPy array on device 0, uint16 for bfloat16; freed with the process."""
+class DeviceArray(Producer):
+    """A copy of a NumPy array on device 0, uint16 for bfloat16; freed with the process. The bytes
+    around it are known, so that a write outside is seen. Tells no stream: a type that does is made
+    by adding __dlpack_c_exchange_api__."""
 
     def __init__(self, array: Array, *, offset: int = 0, flags: int = 0) -> None:
         array = np.ascontiguousarray(array)
-        self.shape, self.dtype, self.flags = array.shape, array.dtype, flags
         memory = ct.c_void_p()
-        _call("cuMemAlloc_v2", ct.byref(memory), ct.c_size_t(array.nbytes + offset + 16))
-        self.address = int(memory.value or 0) + offset
-        self.n_deleted = 0
+        self._n_around = _GUARD + offset
+        _call("cuMemAlloc_v2", ct.byref(memory), ct.c_size_t(array.nbytes + 2 * self._n_around))
+        start = int(memory.value or 0) + self._n_around
+        super().__init__(start, array.shape, array.dtype, device=(CUDA, 0), flags=flags)
+        self._guards = [(start - _GUARD, _GUARD), (start + array.nbytes, _GUARD)]
+        for address, n_bytes in self._guards:
+            _put(address, np.full(n_bytes, _KNOWN, np.uint8))
         self.set(array)
 
     def set(self, array: Array) -> None:
-        array = np.ascontiguousarray(array)
-        if array.nbytes:
-            n_bytes = ct.c_size_t(array.nbytes)
-            _call(
-                "cuMemcpyHtoD_v2",
-                ct.c_uint64(self.address),
-                ct.c_void_p(array.ctypes.data),
-                n_bytes,
-            )
+        _put(self.address, np.ascontiguousarray(array))
 
     def get(self) -> Array:
         """The content, once all streams have run."""
-        array = np.empty(self.shape, self.dtype)
         synchronize()
-        if array.nbytes:
-            n_bytes = ct.c_size_t(array.nbytes)
-            _call(
-                "cuMemcpyDtoH_v2",
-                ct.c_void_p(array.ctypes.data),
-                ct.c_uint64(self.address),
-                n_bytes,
-            )
-        return array
+        for address, n_bytes in self._guards:
+            assert (_get(address, (n_bytes,), np.dtype(np.uint8)) == _KNOWN).all(), "wrote outside"
+        return _get(self.address, self.shape, self.dtype)
 
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
 
-    def __dlpack__(self, *, stream: int, max_version: tuple[int, int]) -> Any:
-        self.sizes = (ct.c_int64 * len(self.shape))(*self.shape)
-        code = {"f": 2, "i": 0, "u": 1}[self.dtype.kind]
-        tensor = _Tensor(
-            self.address, 2, 0, len(self.shape), code, 8 * self.dtype.itemsize, 1,
-            ct.cast(self.sizes, ct.c_void_p), None, 0,
-        )  # fmt: skip
-        self.deleter = ct.CFUNCTYPE(None, ct.c_void_p)(self._delete)
-        deleter = ct.cast(self.deleter, ct.c_void_p)
-        self.managed = _Versioned(1, 0, None, deleter, self.flags, tensor)
-        new = ct.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ct.py_object, [ct.c_void_p, ct.c_char_p, ct.c_void_p]
-        return new(ct.addressof(self.managed), b"dltensor_versioned", None)
+def _put(address: int, array: Array) -> None:
+    if array.nbytes:
+        pointer, n_bytes = ct.c_void_p(array.ctypes.data), ct.c_size_t(array.nbytes)
+        _call("cuMemcpyHtoD_v2", ct.c_uint64(address), pointer, n_bytes)
+        # The call may return before the bytes are there, and other streams do not wait for it.
+        _call("cuStreamSynchronize", ct.c_void_p(0))
 
-    def _delete(self, _: int) -> None:
-        self.n_deleted += 1
+
+def _get(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    array = np.empty(shape, dtype)
+    if array.nbytes:
+        pointer, n_bytes = ct.c_void_p(array.ctypes.data), ct.c_size_t(array.nbytes)
+        _call("cuMemcpyDtoH_v2", pointer, ct.c_uint64(address), n_bytes)
+    return array
 
 
 def synchronize() -> None:

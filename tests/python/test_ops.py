@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes as ct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -392,12 +391,27 @@ def int32(*values: int) -> Array:
         ({"q": np.zeros((3, 2, 24), BITS)}, r"q is bfloat16 \[3, 2, 24\], expected .*, 32\]"),
         ({"v_cache": np.zeros((4, 1, 16, 24), BITS)}, "v_cache is bfloat16"),
         ({"window": -1}, "window is -1, expected 0 to"),
+        ({"page_table": np.zeros((2, 0), np.int32)}, "page_table's columns is 0, expected 1 to"),
+        (
+            {
+                "page_table": np.zeros((0, 2), np.int32),
+                "query_indptr": int32(0),
+                "kv_lengths": int32(),
+            },
+            "the number of sequences is 0, expected 1 to",
+        ),
     ],
 )
 def test_what_attention_refuses(changed: dict[str, Any], message: str) -> None:
     bad_batch()
     with pytest.raises(RequestError, match=message):
         bad_batch(**changed)
+
+
+def test_rope_wants_a_row_of_angles() -> None:
+    x, none = np.zeros((1, 1, 8), BITS), np.zeros((0, 4), np.float32)
+    with pytest.raises(RequestError, match="cos' rows is 0, expected 1 to"):
+        ops.rope(x, int32(0), none, none)
 
 
 # ---- LoRA ----
@@ -455,110 +469,6 @@ def test_what_lora_refuses(changed: dict[str, Any], message: str) -> None:
     ops.lora(**arrays)
     with pytest.raises(RequestError, match=message):
         ops.lora(**{**arrays, **changed})
-
-
-# ---- DLPack on the host ----
-
-
-class Capsules:
-    """A DLPack producer over a NumPy array, with what a real one cannot be talked into."""
-
-    class Tensor(ct.Structure):
-        _fields_ = [
-            ("data", ct.c_void_p), ("device_type", ct.c_int32), ("device_id", ct.c_int32),
-            ("n_dims", ct.c_int32), ("code", ct.c_uint8), ("bits", ct.c_uint8),
-            ("lanes", ct.c_uint16), ("shape", ct.c_void_p), ("strides", ct.c_void_p),
-            ("byte_offset", ct.c_uint64),
-        ]  # fmt: skip
-
-    def __init__(self, array: Array, *, flags: int = 0, major: int = 1, device: int = 1) -> None:
-        class Versioned(ct.Structure):
-            _fields_ = [
-                ("major", ct.c_uint32), ("minor", ct.c_uint32), ("context", ct.c_void_p),
-                ("deleter", ct.c_void_p), ("flags", ct.c_uint64), ("tensor", self.Tensor),
-            ]  # fmt: skip
-
-        self.array, self.n_deleted = array, 0
-        deleter = ct.CFUNCTYPE(None, ct.c_void_p)
-        self.deleter = deleter(self.delete)
-        self.shape = array.shape
-        self.sizes = (ct.c_int64 * array.ndim)(*array.shape)
-        code = {"f": 2, "i": 0, "u": 1}[array.dtype.kind]
-        tensor = self.Tensor(
-            array.ctypes.data, device, 0, array.ndim, code, 8 * array.itemsize, 1,
-            ct.cast(self.sizes, ct.c_void_p), None, 0,
-        )  # fmt: skip
-        self.managed = Versioned(major, 0, None, ct.cast(self.deleter, ct.c_void_p), flags, tensor)
-
-    def delete(self, _: int) -> None:
-        self.n_deleted += 1
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
-
-    def __dlpack__(self, **_: Any) -> Any:
-        new = ct.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ct.py_object, [ct.c_void_p, ct.c_char_p, ct.c_void_p]
-        return new(ct.addressof(self.managed), b"dltensor_versioned", None)
-
-
-def test_a_capsule_is_given_back_by_its_deleter_once() -> None:
-    x = Capsules(np.ones((2, 8), np.float32))
-    for n in range(1, 3):
-        norm_call(x=x)
-        assert x.n_deleted == n
-    with pytest.raises(RequestError):
-        norm_call(x=x, weight=np.ones(7, np.float32))
-    assert x.n_deleted == 3
-
-
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        ({"flags": 1}, "x is read-only, expected a writable array"),
-        ({"major": 2}, r"x is of DLPack 2.0, expected 1.x"),
-        ({"device": 7}, "x lies on DLPack device type 7, expected 1 .CPU. or 2 .CUDA."),
-        ({"device": 2}, "lies on cpu:0, expected cuda:0 as x"),
-    ],
-)
-def test_what_a_capsule_may_not_say(changed: dict[str, int], message: str) -> None:
-    x = Capsules(np.ones((2, 8), np.float32), **changed)
-    with pytest.raises(RequestError, match=message):
-        norm_call(x=x)
-    assert x.n_deleted == 1
-
-
-def test_the_per_thread_default_stream_is_refused() -> None:
-    gate_up, out = (Capsules(np.ones((2, n), np.uint16), device=2) for n in (16, 8))
-    with pytest.raises(RequestError, match=r"stream is 2 .*, expected any other"):
-        ops.silu_and_mul(gate_up, out=out, stream=2)
-
-
-def test_a_used_capsule_is_refused() -> None:
-    from milpy import _C  # noqa: PLC0415
-
-    producer = Capsules(np.ones((2, 8), np.float32))
-    capsule, out = producer.__dlpack__(), np.empty((2, 8), np.uint16)
-    with pytest.raises(RequestError, match="weight is a used DLPack capsule, expected a fresh one"):
-        _C.op_rms_norm(None, 0, out, capsule, capsule, None, 1e-5)
-    assert producer.n_deleted == 1
-
-
-def test_results_are_allocated_for_numpy_alone() -> None:
-    x = Capsules(np.ones((2, 8), np.float32))
-    with pytest.raises(RequestError, match="out is None, expected an array"):
-        ops.rms_norm(x, np.ones(8, np.float32), 1e-5)
-
-
-def test_host_tensors_of_torch_are_used_in_place(rng: np.random.Generator) -> None:
-    torch = pytest.importorskip("torch")
-    x, weight = normal(rng, 3, 32), normal(rng, 32)
-    out = torch.empty(3, 32, dtype=torch.bfloat16)
-    assert ops.rms_norm(torch.from_numpy(x), torch.from_numpy(weight), 1e-5, out=out) is out
-    close(out.double().numpy(), norm_of(x, weight, 1e-5))
-    flat = torch.ones(33)
-    with pytest.raises(RequestError, match="x begins 4 bytes past a multiple of 16"):
-        ops.rms_norm(flat[1:].view(1, 32), torch.from_numpy(weight), 1e-5, out=out[:1])
 
 
 # ---- threads ----

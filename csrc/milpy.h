@@ -214,7 +214,11 @@ typedef struct mil_engine_options {
      * limits counted) once weights and workspace are in, on a device all that
      * gpu_memory_utilization leaves; no more than max_num_seqs full contexts need. */
     uint64_t kv_cache_bytes;
-    /* Share of a device's memory that may be in use once the engine is up, in (0, 1]; 0: 0.9. */
+    /* Share of a device's whole memory that may be in use once the engine is up, in (0, 1]; 0: 0.9.
+     * What anyone uses counts: this engine, others of the process, other processes. Weights,
+     * adapters held by then, workspace, libraries and graphs come first, and are measured; pages
+     * take the rest of the share. kv_cache_bytes overrules it. Adapters that are loaded later take
+     * of what is then free. */
     double gpu_memory_utilization;
     /* Batch mates and graph replay do not change a row's bits. The CPU's never do; on a device it
      * costs speed (products by kernels of our own). */
@@ -294,6 +298,25 @@ typedef struct mil_engine_stats {
 } mil_engine_stats;
 
 void mil_engine_stats_get(mil_engine *engine, mil_engine_stats *stats);
+
+/* What the memory where an engine's model lies went to, over all ranks. The rows sum up to
+ * total_bytes; of a device's, what was taken is exact to the byte that was asked for, and the
+ * driver's rounding is in graph_bytes. */
+typedef struct mil_memory_report {
+    const char *device; /* "cpu", "cuda" */
+    uint64_t weight_bytes;
+    uint64_t kv_bytes;
+    uint64_t adapter_bytes;   /* contents that the model now holds */
+    uint64_t workspace_bytes; /* activations, attention's partial results, slots, rope tables */
+    uint64_t graph_bytes;     /* CUDA graphs, kernels, libraries and their workspace: measured */
+    uint64_t other_bytes;     /* all else: the CUDA context, other engines, other processes */
+    uint64_t free_bytes;      /* a host's: promised to no row above */
+    uint64_t total_bytes;     /* a host's: that this process may use */
+    uint64_t pinned_bytes;    /* in no sum: host memory that the device reads and writes in place */
+} mil_memory_report;
+
+/* From any thread, while the engine runs too. */
+mil_status mil_engine_memory_get(mil_engine *engine, mil_memory_report *report) MIL_WARN_UNUSED;
 
 /* ---- stepper: the caller owns pages and order ---- */
 

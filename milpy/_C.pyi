@@ -67,6 +67,18 @@ class _EngineStats(TypedDict):
     kv_bytes: int
     workspace_bytes: int
 
+class _MemoryReport(TypedDict):
+    device: str
+    weight_bytes: int
+    kv_bytes: int
+    adapter_bytes: int
+    workspace_bytes: int
+    graph_bytes: int
+    other_bytes: int
+    free_bytes: int
+    total_bytes: int
+    pinned_bytes: int
+
 def machine_report() -> _MachineReport: ...
 def memory_held() -> int: ...
 def memory_calls() -> int: ...
@@ -231,6 +243,7 @@ class Engine:
     def stop(self) -> None: ...
     def free(self) -> None: ...
     def stats(self) -> _EngineStats: ...
+    def memory(self) -> _MemoryReport: ...
 
 @final
 class Stepper:

@@ -24,6 +24,7 @@ from milpy.answer import AnswerStream, Chunk, Sample
 from milpy.errors import AnswerError, EngineError, MilpyError, RequestError
 from milpy.interrupt import HeldInterrupt
 from milpy.loading import EngineOptions, load
+from milpy.memory import MemoryReport
 from milpy.outputs import LoRARequest, RequestOutput
 from milpy.prompts import Prompt, PromptReader
 from milpy.sampling import SamplingParams
@@ -96,6 +97,9 @@ class Core:
         self._is_closed = False
         self._is_abandoned = False
         try:
+            # First: KV pages take what is left.
+            for name, path in (options.adapters or {}).items():
+                self.adapters.load(name, path)
             self._engine = _C.Engine(
                 self._model,
                 max_model_len=options.max_model_len or 0,
@@ -108,9 +112,8 @@ class Core:
                 enforce_eager=options.enforce_eager,
                 poison=os.environ.get("MILPY_POISON") == "1",
             )
-            for name, path in (options.adapters or {}).items():
-                self.adapters.load(name, path)
             stats = self._engine.stats()
+            _log.info("%s: %s", self.folder, MemoryReport(**self._engine.memory()).line())
         except BaseException:
             self._give_back()
             raise
@@ -184,6 +187,14 @@ class Core:
             if self._engine is None:
                 raise EngineError("the engine is closed")
             return {**self._engine.stats(), **self._model.report()}
+
+    def memory(self) -> MemoryReport:
+        """What the memory where the model lies went to."""
+        self.check_alive()
+        with self._lock:
+            if self._engine is None:
+                raise EngineError("the engine is closed")
+            return MemoryReport(**self._engine.memory())
 
     # ---- life ----
 

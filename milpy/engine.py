@@ -14,6 +14,7 @@ from milpy.core import Core, Job, Request
 from milpy.errors import RequestError
 from milpy.llm import make_output, raise_error
 from milpy.loading import EngineOptions
+from milpy.memory import MemoryReport
 from milpy.outputs import LoRARequest, RequestOutput
 from milpy.prompts import PromptType, is_one_prompt
 from milpy.sampling import SamplingParams
@@ -98,6 +99,10 @@ class AsyncEngine:
     def stats(self) -> Mapping[str, Any]:
         """As LLM.stats."""
         return self._core.stats()
+
+    def memory(self) -> MemoryReport:
+        """As LLM.memory."""
+        return self._core.memory()
 
     async def close(self) -> None:
         """End open requests and give all memory back. Idempotent."""

@@ -17,6 +17,7 @@ from milpy.core import Core, Job, Request
 from milpy.errors import AnswerError, RequestError
 from milpy.interrupt import HeldInterrupt
 from milpy.loading import EngineOptions
+from milpy.memory import MemoryReport
 from milpy.outputs import LoRARequest, RequestOutput
 from milpy.prompts import Prompt, PromptType, prompt_list
 from milpy.sampling import SamplingParams
@@ -37,12 +38,18 @@ class LLM:
     adapters maps names to PEFT folders or Hub ids. dtype auto is bfloat16; weights of another dtype
     are converted. tensor_parallel_size splits the model over that many ranks. max_model_len bounds
     prompt and answer together; max_num_seqs, max_num_batched_tokens, kv_cache_bytes and page_size
-    are the scheduler's knobs, n_threads is shared by all ranks; None chooses. On a GPU, KV pages
-    take what weights leave of gpu_memory_utilization (None: 0.9) of its memory, enforce_eager
-    runs decode steps without CUDA graphs, and deterministic keeps batch mates from changing a row's
-    bits, at a price (the CPU always does). load_format="dummy"
-    makes random weights by `seed` from config.json alone. tokenizer names another folder for
-    tokenizer.json; without one, prompts are token ids. progress shows a bar while loading.
+    are the scheduler's knobs, n_threads is shared by all ranks; None chooses.
+
+    On a GPU, gpu_memory_utilization (None: 0.9) is the share of its whole memory that may be in use
+    once this is up, whoever uses it: this LLM, another one, other processes. Weights, these
+    adapters, workspace, libraries and CUDA graphs are measured, and KV pages take what they leave
+    of the share; kv_cache_bytes overrules it, and adapters that are loaded later take of what is
+    then free. enforce_eager runs decode steps without CUDA graphs; deterministic keeps batch mates
+    from changing a row's bits, at a price (the CPU always does).
+
+    load_format="dummy" makes random weights by `seed` from config.json alone. tokenizer names
+    another folder for tokenizer.json; without one, prompts are token ids. progress shows a bar
+    while loading.
 
     Use it in `with`, or call close(): both give all memory back. Methods may be called from any
     thread; a forked child needs an LLM of its own.
@@ -235,6 +242,10 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """The engine's counters and sizes, the model's memory, device and instruction set."""
         return self._core.stats()
+
+    def memory(self) -> MemoryReport:
+        """What the device's memory, or this machine's on the CPU, went to; str() is a table."""
+        return self._core.memory()
 
     def close(self) -> None:
         """End open requests and give all memory back. Idempotent."""

@@ -1,6 +1,7 @@
 #include "base/memory.h"
 
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -17,7 +18,7 @@ static atomic_uint_fast64_t fail_countdown;
 #define HUGE_PAGE_BYTES ((size_t)2 << 20)
 #define PAGE_BYTES ((size_t)4096)
 
-static bool fails_now(void)
+bool mil_memory_refuses(void)
 {
     atomic_fetch_add_explicit(&n_calls, 1, memory_order_relaxed);
     uint_fast64_t left = atomic_load_explicit(&fail_countdown, memory_order_relaxed);
@@ -33,7 +34,7 @@ void *mil_alloc(size_t n, size_t item_bytes)
 {
     size_t n_bytes;
     size_t total;
-    if (fails_now() || !mil_mul(n, item_bytes, &n_bytes) ||
+    if (mil_memory_refuses() || !mil_mul(n, item_bytes, &n_bytes) ||
         !mil_add(n_bytes, 2 * HEADER_BYTES - 1, &total))
         return NULL;
     total = total / HEADER_BYTES * HEADER_BYTES;
@@ -77,9 +78,9 @@ mil_status mil_slab_init(mil_slab *slab, size_t n_bytes, const char *what)
         return mil_fail(MIL_ERR_MEMORY, "%s: %zu bytes is more than an address space holds", what,
                         n_bytes);
     rounded = rounded / multiple * multiple;
-    void *data = fails_now() ? MAP_FAILED
-                             : mmap(NULL, rounded, PROT_READ | PROT_WRITE,
-                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *data = mil_memory_refuses() ? MAP_FAILED
+                                      : mmap(NULL, rounded, PROT_READ | PROT_WRITE,
+                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED)
         return mil_fail(MIL_ERR_MEMORY, "%s: the system refused %zu bytes", what, rounded);
     /* Advice only: where huge pages are off the slab works on small ones. */
@@ -98,6 +99,41 @@ void mil_slab_deinit(mil_slab *slab)
         atomic_fetch_sub_explicit(&held_bytes, slab->n_bytes, memory_order_relaxed);
     }
     memset(slab, 0, sizeof *slab);
+}
+
+size_t mil_slab_untouched_bytes(const mil_slab *slab)
+{
+    unsigned char is_there[16384];
+    const size_t window = sizeof is_there * PAGE_BYTES;
+    size_t n_bytes = 0;
+    for (size_t begin = 0; begin < slab->n_bytes; begin += window) {
+        size_t left = slab->n_bytes - begin;
+        size_t n_pages = (left < window ? left : window) / PAGE_BYTES;
+        /* Where the system does not tell, all counts as touched. */
+        if (mincore((char *)slab->data + begin, n_pages * PAGE_BYTES, is_there) != 0)
+            return 0;
+        for (size_t page = 0; page < n_pages; page++)
+            n_bytes += (is_there[page] & 1) == 0 ? PAGE_BYTES : 0;
+    }
+    return n_bytes;
+}
+
+mil_memory_text mil_memory_show(uint64_t n_bytes)
+{
+    static const char *const units[] = {"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
+    mil_memory_text out;
+    double value = (double)n_bytes / 1024;
+    size_t unit = 0;
+    /* 1023.995 would be shown as 1024.00. */
+    while (value >= 1023.995 && unit < sizeof units / sizeof units[0] - 1) {
+        value /= 1024;
+        unit++;
+    }
+    if (n_bytes < 1024)
+        (void)snprintf(out.text, sizeof out.text, "%d bytes", (int)n_bytes);
+    else
+        (void)snprintf(out.text, sizeof out.text, "%.2f %s", value, units[unit]);
+    return out;
 }
 
 uint64_t mil_memory_calls(void)

@@ -36,6 +36,15 @@ typedef struct mil_slab {
 mil_status mil_slab_init(mil_slab *slab, size_t n_bytes, const char *what) MIL_WARN_UNUSED;
 /* Give the block back and zero the struct; a zeroed struct is fine. */
 void mil_slab_deinit(mil_slab *slab);
+/* Bytes of the block that nothing has touched yet: promised to it, and still free in the system. */
+size_t mil_slab_untouched_bytes(const mil_slab *slab);
+
+/* n_bytes for people, "640 bytes", "1.50 MiB": good to the end of the full expression it is in. */
+typedef struct mil_memory_text {
+    char text[32];
+} mil_memory_text;
+
+mil_memory_text mil_memory_show(uint64_t n_bytes);
 
 /* *out = a * b or a + b; false on overflow, *out untouched then. */
 static inline bool mil_mul(size_t a, size_t b, size_t *out)
@@ -63,8 +72,12 @@ static inline size_t mil_round_up(size_t value, size_t multiple)
 
 /* ---- for tests ---- */
 
-/* Calls of mil_alloc and mil_slab_init since the process began, all threads. */
+/* Calls of mil_alloc, mil_slab_init and a device's allocators since the process began, all threads.
+ */
 uint64_t mil_memory_calls(void);
+/* For allocators of a device's memory: counts a call; true where mil_memory_fail_at wants it to
+ * fail. */
+bool mil_memory_refuses(void);
 /* Bytes now held through mil_alloc and mil_slab_init. */
 size_t mil_memory_held_bytes(void);
 /* Make the k-th allocation from now fail (1 = the next), once; 0 turns it off. All threads count.

@@ -51,11 +51,11 @@ static void close(struct mil_queue *queue)
     (void)queue;
 }
 
-static mil_status free_bytes(struct mil_queue *queue, uint64_t *n_free, uint64_t *n_total)
+static mil_status memory(struct mil_queue *queue, mil_device_memory *memory)
 {
     (void)queue;
-    *n_free = mil_memory_free_bytes();
-    *n_total = mil_memory_limit_bytes();
+    memory->n_free = memory->n_free_at_open = mil_memory_free_bytes();
+    memory->n_total = mil_memory_limit_bytes();
     return MIL_OK;
 }
 
@@ -115,7 +115,7 @@ static const mil_device device = {
     .depth = 1,
     .open = open,
     .close = close,
-    .free_bytes = free_bytes,
+    .memory = memory,
     .alloc = alloc,
     .free = give_back,
     .alloc_host = alloc,

@@ -7,6 +7,7 @@
 
 #include "base/machine.h"
 #include "base/memory.h"
+#include "engine/budget.h"
 #include "engine/events.h"
 #include "engine/options.h"
 #include "model/runner.h"
@@ -37,7 +38,8 @@ struct mil_engine {
     int32_t n_in_flight;    /* submitted and not retired */
     bool can_submit;        /* there is work, and room for what it may say */
     size_t workspace_bytes;
-    bool is_entered; /* holds the model's step lock */
+    bool is_on_device; /* whose memory is not the host's */
+    bool is_entered;   /* holds the model's step lock */
 
     pthread_mutex_t lock;
     pthread_cond_t work;  /* for the loop: there is something to do */
@@ -80,39 +82,75 @@ static mil_scheduler_options scheduler_options(mil_engine *engine, int32_t n_pag
     };
 }
 
-/* What KV pages and workspace may take. The host's free memory is shared with the page cache,
- * Python and a second engine; a device's is ours up to its utilization. */
-static void share_memory(const mil_engine_options *options, const mil_model_memory *memory,
-                         mil_kv_facts *facts)
+/* Settle max_model_len and the pages by what is free now; to_take: what else is still to be taken.
+ */
+static mil_status fit_pages(mil_engine *engine, int32_t *n_pages, int32_t max_position,
+                            size_t to_take)
 {
-    uint64_t spare = (uint64_t)((double)memory->n_total * (1.0 - options->gpu_memory_utilization));
-    facts->kv_divisor = memory->is_device ? 1 : 2;
-    facts->free_bytes = memory->n_free;
-    if (memory->is_device)
-        facts->free_bytes = memory->n_free > spare ? memory->n_free - spare : 0;
+    mil_engine_options *options = &engine->options;
+    mil_model_memory memory;
+    MIL_TRY(mil_model_memory_get(engine->model, &memory));
+    mil_budget_text text = mil_budget_explain(options, &memory, engine->workspace_bytes);
+    mil_kv_facts facts = {
+        .max_position = max_position,
+        .page_bytes = mil_runner_page_bytes(engine->model, options->page_size),
+        .left_bytes = mil_budget_left(options, &memory, to_take),
+        .left_of = text.text,
+    };
+    return mil_options_fit_kv(options, n_pages, &facts);
+}
+
+static mil_plan_limits limits_of(mil_engine *engine)
+{
+    mil_scheduler_options options = scheduler_options(engine, 0);
+    return mil_scheduler_limits(&options);
 }
 
 static mil_status settle_options(mil_engine *engine, int32_t *n_pages)
 {
     mil_engine_options *options = &engine->options;
-    mil_model_memory memory;
-    MIL_TRY(mil_model_memory_get(engine->model, &memory));
+    int32_t max_position = mil_model_config(engine->model)->max_position;
     if (options->page_size == 0)
         options->page_size = mil_model_default_page_size(engine->model);
-    MIL_TRY(mil_options_complete(options, memory.is_device));
-    mil_kv_facts facts = {
-        .max_position = mil_model_config(engine->model)->max_position,
-        .page_bytes = mil_runner_page_bytes(engine->model, options->page_size),
-    };
-    share_memory(options, &memory, &facts);
+    MIL_TRY(mil_options_complete(options, engine->is_on_device));
     /* Workspace for the longest context that could come out, so that fitting cannot make it grow.
      */
-    mil_scheduler_options longest = scheduler_options(engine, 0);
-    if (longest.max_model_len == 0)
-        longest.max_model_len = facts.max_position;
-    mil_plan_limits limits = mil_scheduler_limits(&longest);
-    facts.workspace_bytes = mil_runner_workspace_bytes(engine->model, &limits, options->page_size);
-    return mil_options_fit_kv(options, n_pages, &facts);
+    int32_t wanted = options->max_model_len;
+    options->max_model_len = wanted > 0 ? wanted : max_position;
+    mil_plan_limits limits = limits_of(engine);
+    options->max_model_len = wanted;
+    engine->workspace_bytes =
+        mil_runner_workspace_bytes(engine->model, &limits, options->page_size);
+    MIL_TRY(fit_pages(engine, n_pages, max_position, engine->workspace_bytes));
+    limits = limits_of(engine);
+    engine->workspace_bytes =
+        mil_runner_workspace_bytes(engine->model, &limits, options->page_size);
+    return MIL_OK;
+}
+
+static mil_status create_runner(mil_engine *engine, int32_t n_pages)
+{
+    const mil_runner_options options = {
+        .limits = limits_of(engine),
+        .n_pages = n_pages,
+        .page_size = engine->options.page_size,
+        .is_deterministic = engine->options.deterministic,
+        .has_graphs = !engine->options.enforce_eager,
+        .poison = engine->options.poison,
+    };
+    return mil_runner_create(&engine->runner, engine->model, &options);
+}
+
+/* A runner of one page shows what workspace, kernels and graphs take of the device: pages get the
+ * rest. */
+static mil_status create_measured(mil_engine *engine, int32_t *n_pages, int32_t wanted)
+{
+    int32_t longest = engine->options.max_model_len;
+    MIL_TRY(create_runner(engine, 1));
+    engine->options.max_model_len = wanted;
+    engine->options.kv_cache_bytes = 0;
+    MIL_TRY(fit_pages(engine, n_pages, longest, 0));
+    return mil_runner_take_pages(engine->runner, *n_pages);
 }
 
 static mil_status create_sync(mil_engine *engine)
@@ -138,26 +176,20 @@ static mil_status create_sync(mil_engine *engine)
 static mil_status init_engine(mil_engine *engine)
 {
     int32_t n_pages;
+    int32_t wanted = engine->options.max_model_len;
+    bool is_measured = engine->is_on_device && engine->options.kv_cache_bytes == 0;
     MIL_TRY(settle_options(engine, &n_pages));
-    mil_scheduler_options options = scheduler_options(engine, n_pages);
-    mil_runner_options runner_options = {
-        .limits = mil_scheduler_limits(&options),
-        .n_pages = n_pages,
-        .page_size = options.page_size,
-        .is_deterministic = engine->options.deterministic,
-        .has_graphs = !engine->options.enforce_eager,
-        .poison = engine->options.poison,
-    };
-    size_t n_seqs = (size_t)options.max_seqs;
-    engine->workspace_bytes =
-        mil_runner_workspace_bytes(engine->model, &runner_options.limits, options.page_size);
     MIL_TRY(create_sync(engine));
+    size_t n_seqs = (size_t)engine->options.max_num_seqs;
     MIL_TRY(mil_alloc_checked((void **)&engine->step_events, n_seqs, sizeof *engine->step_events,
                               "engine: events"));
     MIL_TRY(mil_events_init(&engine->events, FIRST_EVENTS + 8 * n_seqs));
+    MIL_TRY(is_measured ? create_measured(engine, &n_pages, wanted)
+                        : create_runner(engine, n_pages));
+    mil_scheduler_options options = scheduler_options(engine, n_pages);
     MIL_TRY(mil_scheduler_create(&engine->scheduler, &options));
     mil_scheduler_counts_get(engine->scheduler, &engine->counts);
-    return mil_runner_create(&engine->runner, engine->model, &runner_options);
+    return MIL_OK;
 }
 
 static void destroy(mil_engine *engine)
@@ -183,6 +215,7 @@ mil_status mil_engine_create(mil_engine **out, mil_model *model, const mil_engin
     engine->options = *options;
     engine->vocab = mil_model_config(model)->vocab;
     engine->process = getpid();
+    engine->is_on_device = mil_model_is_on_device(model);
     mil_status status = init_engine(engine);
     if (status != MIL_OK) {
         destroy(engine);
@@ -428,6 +461,17 @@ void mil_engine_stats_get(mil_engine *engine, mil_engine_stats *stats)
         .workspace_bytes = engine->workspace_bytes,
     };
     pthread_mutex_unlock(&engine->lock);
+}
+
+mil_status mil_engine_memory_get(mil_engine *engine, mil_memory_report *report)
+{
+    mil_model_memory memory;
+    mil_runner_memory runner;
+    MIL_TRY(check_process(engine, "memory"));
+    MIL_TRY(mil_model_memory_get(engine->model, &memory));
+    mil_runner_memory_get(engine->runner, &runner);
+    mil_budget_report(report, &memory, &runner);
+    return MIL_OK;
 }
 
 /* ---- the loop ---- */

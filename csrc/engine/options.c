@@ -1,5 +1,7 @@
 #include "engine/options.h"
 
+#include "base/memory.h"
+
 #define DEFAULT_SEQS 64
 #define DEFAULT_BATCHED_TOKENS 512
 /* A device is busy only with many rows. */
@@ -53,16 +55,53 @@ mil_status mil_options_complete(mil_engine_options *options, bool is_device)
     return MIL_OK;
 }
 
+static uint64_t pages_of(uint64_t n_tokens, const mil_engine_options *options)
+{
+    return (n_tokens - 1) / (uint64_t)options->page_size + 1;
+}
+
 /* Pages that the default takes: no more than every sequence at full length needs. */
 static uint64_t default_pages(const mil_engine_options *options, const mil_kv_facts *facts,
                               int32_t longest)
 {
-    uint64_t page = (uint64_t)options->page_size;
-    uint64_t needed = (uint64_t)options->max_num_seqs * (((uint64_t)longest - 1) / page + 1) + 1;
-    uint64_t left =
-        facts->free_bytes > facts->workspace_bytes ? facts->free_bytes - facts->workspace_bytes : 0;
-    uint64_t affordable = left / facts->kv_divisor / facts->page_bytes;
+    uint64_t needed = (uint64_t)options->max_num_seqs * pages_of((uint64_t)longest, options) + 1;
+    uint64_t affordable = facts->left_bytes / facts->page_bytes;
     return affordable < needed ? affordable : needed;
+}
+
+static mil_status fail_few_pages(const mil_engine_options *options, const mil_kv_facts *facts)
+{
+    size_t needed = 2 * facts->page_bytes;
+    if (options->kv_cache_bytes == 0)
+        return mil_fail(MIL_ERR_MEMORY,
+                        "engine: KV pages need at least %s, %s are left for them: %s too few (%s)",
+                        mil_memory_show(needed).text, mil_memory_show(facts->left_bytes).text,
+                        mil_memory_show(needed - facts->left_bytes).text, facts->left_of);
+    return mil_fail(MIL_ERR_ARGUMENT,
+                    "engine: kv_cache_bytes is %llu, expected at least %zu: two pages of %d "
+                    "tokens, one of which is never dealt out",
+                    (unsigned long long)options->kv_cache_bytes, needed, options->page_size);
+}
+
+/* held: tokens that the n pages can hold. */
+static mil_status fail_long_context(const mil_engine_options *options, const mil_kv_facts *facts,
+                                    uint64_t n, uint64_t held)
+{
+    int32_t wanted = options->max_model_len;
+    uint64_t needed = (pages_of((uint64_t)wanted, options) + 1) * facts->page_bytes;
+    uint64_t taken = n * facts->page_bytes;
+    if (options->kv_cache_bytes == 0)
+        return mil_fail(MIL_ERR_MEMORY,
+                        "engine: max_model_len is %d, expected at most %llu: it needs %s of KV "
+                        "pages, %s are left for them, %s too few (%s)",
+                        wanted, (unsigned long long)held, mil_memory_show(needed).text,
+                        mil_memory_show(facts->left_bytes).text,
+                        mil_memory_show(needed - taken).text, facts->left_of);
+    return mil_fail(MIL_ERR_ARGUMENT,
+                    "engine: max_model_len is %d, expected at most %llu, the tokens that a KV "
+                    "cache of %llu bytes holds: it needs %llu, %llu more",
+                    wanted, (unsigned long long)held, (unsigned long long)taken,
+                    (unsigned long long)needed, (unsigned long long)(needed - taken));
 }
 
 mil_status mil_options_fit_kv(mil_engine_options *options, int32_t *n_pages,
@@ -74,31 +113,15 @@ mil_status mil_options_fit_kv(mil_engine_options *options, int32_t *n_pages,
                         "engine: max_model_len is %d, expected 2..%d, the model's", wanted,
                         facts->max_position);
     int32_t longest = wanted > 0 ? wanted : facts->max_position;
-    bool is_default = options->kv_cache_bytes == 0;
-    uint64_t n = is_default ? default_pages(options, facts, longest)
-                            : options->kv_cache_bytes / facts->page_bytes;
+    uint64_t n = options->kv_cache_bytes == 0 ? default_pages(options, facts, longest)
+                                              : options->kv_cache_bytes / facts->page_bytes;
     if (n > INT32_MAX)
         n = INT32_MAX;
-    if (n < 2 && is_default)
-        return mil_fail(
-            MIL_ERR_MEMORY,
-            "engine: %llu bytes are free beside %zu of workspace, expected at least %zu "
-            "for KV pages",
-            (unsigned long long)facts->free_bytes, facts->workspace_bytes,
-            2 * (size_t)facts->kv_divisor * facts->page_bytes);
     if (n < 2)
-        return mil_fail(MIL_ERR_ARGUMENT,
-                        "engine: kv_cache_bytes is %llu, expected at least %zu: two pages of %d "
-                        "tokens, one of which is never dealt out",
-                        (unsigned long long)options->kv_cache_bytes, 2 * facts->page_bytes,
-                        options->page_size);
+        return fail_few_pages(options, facts);
     uint64_t held = (n - 1) * (uint64_t)options->page_size;
     if (wanted > 0 && (uint64_t)wanted > held)
-        return mil_fail(is_default ? MIL_ERR_MEMORY : MIL_ERR_ARGUMENT,
-                        "engine: max_model_len is %d, expected at most %llu, the tokens that a KV "
-                        "cache of %llu bytes holds",
-                        wanted, (unsigned long long)held,
-                        (unsigned long long)(n * facts->page_bytes));
+        return fail_long_context(options, facts, n, held);
     options->max_model_len = (uint64_t)longest > held ? (int32_t)held : longest;
     options->kv_cache_bytes = n * facts->page_bytes;
     *n_pages = (int32_t)n;

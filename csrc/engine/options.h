@@ -14,10 +14,9 @@ mil_status mil_options_complete(mil_engine_options *options, bool is_device) MIL
 
 typedef struct mil_kv_facts {
     int32_t max_position;
-    size_t page_bytes; /* of one page, over all ranks */
-    size_t workspace_bytes;
-    uint64_t free_bytes; /* that this process may still use */
-    uint64_t kv_divisor; /* one part in this many of what is free may go to pages by default */
+    size_t page_bytes;   /* of one page, over all ranks */
+    uint64_t left_bytes; /* what pages may take where kv_cache_bytes is not given */
+    const char *left_of; /* how that came about, for messages */
 } mil_kv_facts;
 
 /* Settle max_model_len and kv_cache_bytes of completed options; *n_pages, page 0 included, holds at

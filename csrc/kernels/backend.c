@@ -4,6 +4,8 @@
  * thread had: kernels are launched on the current device. */
 #include "kernels/device.h"
 
+#include "kernels/cublas.h"
+
 #include <string.h>
 
 #define RANK_MULTIPLE 8 /* one 16-byte vector of a row of B */
@@ -111,6 +113,7 @@ static const mil_backend mil_cuda_backend = {
     .lora_v_rank = MIL_MAX_LORA_RANK, /* one for every batch: a captured launch serves any ranks */
     .logit_block = 512,
     .max_vocab = 1 << 19,
+    .rows_alike = mil_cublas_bucket,
     .packed_bytes = packed_bytes,
     .pack = mil_cuda_pack,
     .pack_dummy = mil_cuda_pack_dummy,

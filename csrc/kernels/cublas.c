@@ -201,12 +201,11 @@ static int32_t round_up(int32_t value, int32_t multiple)
 int32_t mil_cublas_bucket(int32_t M)
 {
     int32_t power = 1;
-    while (power < M && power < 16)
+    if (M > 16 && M <= 8192)
+        return round_up(M, M <= 128 ? 16 : M <= 512 ? 64 : M <= 2048 ? 256 : 1024);
+    while (power < M && power <= INT32_MAX / 2)
         power *= 2;
-    if (M <= 16)
-        return power;
-    int32_t multiple = M <= 128 ? 16 : M <= 512 ? 64 : M <= 2048 ? 256 : 1024;
-    return M > INT32_MAX - multiple ? M : round_up(M, multiple);
+    return power < M ? INT32_MAX : power;
 }
 
 static int32_t alignment_of(uintptr_t bits)

@@ -33,7 +33,8 @@ typedef struct mil_cublas_product {
 } mil_cublas_product;
 
 /* The rows that an algorithm is asked for: M up to 16 rounded up to a power of two, up to 128 to a
- * multiple of 16, up to 512 of 64, up to 2,048 of 256, above of 1,024. */
+ * multiple of 16, up to 512 of 64, up to 2,048 of 256, up to 8,192 of 1,024, above to a power of
+ * two. */
 int32_t mil_cublas_bucket(int32_t M);
 
 /* y = x w^T (+ bias) through the library. *is_served false, and nothing queued, where it has no

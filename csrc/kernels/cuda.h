@@ -24,7 +24,8 @@ typedef struct mil_queue {
     int32_t ordinal;
     mil_cuda_path path;
     int32_t n_sms;
-    int32_t shared_bytes; /* that one block may ask for */
+    int32_t shared_bytes;  /* that one block may ask for */
+    size_t n_free_at_open; /* device memory, before the queue took any */
     char device_name[64];
     cudaStream_t stream;
     cudaStream_t side; /* joins stream again before an op returns */

@@ -192,6 +192,9 @@ static void destroy(mil_queue *queue)
 
 static mil_status fill_queue(mil_queue *queue)
 {
+    size_t n_total;
+    /* Makes the context where there is none: what that takes is not the queue's. */
+    MIL_CUDA_TRY(cudaMemGetInfo(&queue->n_free_at_open, &n_total));
     MIL_TRY(read_device(queue));
     MIL_TRY(make_streams(queue));
     return mil_cublas_create(&queue->cublas, queue);
@@ -235,14 +238,15 @@ static void queue_close(struct mil_queue *queue)
 
 /* ---- memory ---- */
 
-static mil_status free_bytes(struct mil_queue *queue, uint64_t *n_free, uint64_t *n_total)
+static mil_status memory(struct mil_queue *queue, mil_device_memory *memory)
 {
     call it;
     size_t is_free = 0, total = 0;
     MIL_TRY(begin_call(queue, &it));
     mil_status status = mil_cuda_status(cudaMemGetInfo(&is_free, &total), "cudaMemGetInfo");
-    *n_free = is_free;
-    *n_total = total;
+    memory->n_free = is_free;
+    memory->n_total = total;
+    memory->n_free_at_open = queue->n_free_at_open;
     return end_call(queue, &it, status);
 }
 
@@ -260,7 +264,8 @@ static mil_status no_memory(const mil_queue *queue, size_t n_bytes, const char *
 static mil_status take(mil_queue *queue, mil_slab *slab, size_t n_bytes, const char *what)
 {
     void *data;
-    cudaError_t error = cudaMalloc(&data, n_bytes);
+    cudaError_t error =
+        mil_memory_refuses() ? cudaErrorMemoryAllocation : cudaMalloc(&data, n_bytes);
     if (error == cudaErrorMemoryAllocation)
         return no_memory(queue, n_bytes, what);
     MIL_TRY(mil_cuda_status(error, what));
@@ -306,7 +311,9 @@ static mil_status alloc_host(struct mil_queue *queue, mil_slab *slab, size_t n_b
     void *data = NULL;
     memset(slab, 0, sizeof *slab);
     MIL_TRY(begin_call(queue, &it));
-    cudaError_t error = cudaHostAlloc(&data, n_bytes, cudaHostAllocPortable | cudaHostAllocMapped);
+    unsigned flags = cudaHostAllocPortable | cudaHostAllocMapped;
+    cudaError_t error =
+        mil_memory_refuses() ? cudaErrorMemoryAllocation : cudaHostAlloc(&data, n_bytes, flags);
     mil_status status = MIL_OK;
     if (error == cudaErrorMemoryAllocation) {
         (void)cudaGetLastError();
@@ -498,7 +505,7 @@ const mil_device mil_cuda_device = {
     .depth = 2,
     .open = queue_open,
     .close = queue_close,
-    .free_bytes = free_bytes,
+    .memory = memory,
     .alloc = alloc,
     .free = give_back,
     .alloc_host = alloc_host,

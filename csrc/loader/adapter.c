@@ -3,6 +3,7 @@
 #include "base/bf16.h"
 #include "base/f16.h"
 #include "loader/source.h"
+#include "ops/device.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -167,13 +168,14 @@ static bool module_bytes(const mil_backend *backend, const mil_lora_module *modu
 static mil_status take_slab(mil_adapter *adapter, reader *from, size_t n_bytes, size_t table_bytes)
 {
     const mil_device *device = adapter->device;
+    size_t total = n_bytes;
+    if (!device->is_host && !mil_add(n_bytes, table_bytes, &total))
+        return mil_fail(MIL_ERR_MEMORY, "adapter: its bytes overflow 64 bits");
+    MIL_TRY(mil_device_check_room(device, adapter->queue, total, "adapter"));
+    MIL_TRY(device->alloc(adapter->queue, &adapter->slab, total, "adapter"));
     adapter->device_modules = adapter->modules;
     if (device->is_host)
-        return device->alloc(adapter->queue, &adapter->slab, n_bytes, "adapter");
-    size_t total;
-    if (!mil_add(n_bytes, table_bytes, &total))
-        return mil_fail(MIL_ERR_MEMORY, "adapter: its bytes overflow 64 bits");
-    MIL_TRY(device->alloc(adapter->queue, &adapter->slab, total, "adapter"));
+        return MIL_OK;
     adapter->device_modules = (const mil_lora_module *)((const char *)adapter->slab.data + n_bytes);
     return device->alloc_host(adapter->queue, &from->staging, total, "adapter: staging");
 }

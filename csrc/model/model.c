@@ -3,6 +3,7 @@
 #include "base/machine.h"
 #include "model/config.h"
 #include "model/runner.h"
+#include "ops/device.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -56,17 +57,24 @@ static size_t place_decoder(mil_model *model, int32_t rank_index, void *data)
     return arena.used;
 }
 
-static mil_status take_weights(mil_model *model, const size_t *n_bytes)
+/* Ranks share the host's memory; a device's is its rank's alone. */
+static mil_status check_room(const mil_model *model, const size_t *n_bytes)
 {
+    const mil_device *device = model->backend->device;
     size_t total = 0;
-    for (int32_t rank = 0; rank < model->world; rank++)
+    for (int32_t rank = 0; rank < model->world; rank++) {
+        if (!device->is_host)
+            MIL_TRY(mil_device_check_room(device, model->ranks[rank].queue, n_bytes[rank],
+                                          "model: weights"));
         if (!mil_add(total, n_bytes[rank], &total))
             total = SIZE_MAX;
-    mil_model_memory memory;
-    MIL_TRY(mil_model_memory_get(model, &memory));
-    if (total > memory.n_free)
-        return mil_fail(MIL_ERR_MEMORY, "model: weights need %zu bytes, %llu are free", total,
-                        (unsigned long long)memory.n_free);
+    }
+    return device->is_host ? mil_device_check_room(device, NULL, total, "model: weights") : MIL_OK;
+}
+
+static mil_status take_weights(mil_model *model, const size_t *n_bytes)
+{
+    MIL_TRY(check_room(model, n_bytes));
     for (int32_t rank = 0; rank < model->world; rank++) {
         mil_slab *slab = &model->ranks[rank].slab;
         MIL_TRY(model->backend->device->alloc(model->ranks[rank].queue, slab, n_bytes[rank],
@@ -108,6 +116,20 @@ static mil_status open_weights(mil_model *model, const mil_source *source, mil_p
         status = take_weights(model, sizes);
     mil_free(sizes);
     return status == MIL_OK ? load_weights(model, source, progress, n_bytes) : status;
+}
+
+/* What handles, libraries and the kernels that loading ran have taken of the devices. */
+static mil_status measure_libraries(mil_model *model)
+{
+    const mil_device *device = model->backend->device;
+    for (int32_t rank = 0; rank < model->world && !device->is_host; rank++) {
+        mil_device_memory memory;
+        MIL_TRY(device->memory(model->ranks[rank].queue, &memory));
+        uint64_t known = memory.n_free + model->ranks[rank].slab.n_bytes;
+        if (memory.n_free_at_open > known)
+            model->library_bytes += (size_t)(memory.n_free_at_open - known);
+    }
+    return MIL_OK;
 }
 
 /* ---- open and free ---- */
@@ -176,7 +198,8 @@ static mil_status open_parts(mil_model *model, const mil_source *source,
         MIL_TRY(mil_comm_local_create(model->comms, model->world));
     MIL_TRY(mil_team_create(&model->team, model->world, model->pools, model->comms));
     MIL_TRY(mil_rope_init(&model->rope, &model->config));
-    return open_weights(model, source, options->progress);
+    MIL_TRY(open_weights(model, source, options->progress));
+    return measure_libraries(model);
 }
 
 mil_status mil_model_open(mil_model **out, const mil_config *config,
@@ -267,14 +290,27 @@ mil_status mil_model_memory_get(const mil_model *model, mil_model_memory *memory
 {
     const mil_device *device = model->backend->device;
     int32_t n_memories = device->is_host ? 1 : model->world;
-    *memory = (mil_model_memory){.is_device = !device->is_host};
+    mil_model_report report;
+    mil_model_report_get(model, &report);
+    *memory = (mil_model_memory){
+        .device = device->name,
+        .is_device = !device->is_host,
+        .weight_bytes = report.weight_bytes,
+        .adapter_bytes = report.adapter_bytes,
+        .library_bytes = model->library_bytes,
+    };
     for (int32_t rank = 0; rank < n_memories; rank++) {
-        uint64_t n_free, n_total;
-        MIL_TRY(device->free_bytes(model->ranks[rank].queue, &n_free, &n_total));
-        memory->n_free += n_free;
-        memory->n_total += n_total;
+        mil_device_memory one;
+        MIL_TRY(device->memory(model->ranks[rank].queue, &one));
+        memory->n_free += one.n_free;
+        memory->n_total += one.n_total;
     }
     return MIL_OK;
+}
+
+bool mil_model_is_on_device(const mil_model *model)
+{
+    return !model->backend->device->is_host;
 }
 
 int32_t mil_model_default_page_size(const mil_model *model)

@@ -31,6 +31,7 @@ struct mil_model {
     mil_comm **comms;  /* [world]; entries NULL for a world of one */
     mil_team *team;
     mil_contents contents;
+    size_t library_bytes; /* device memory that opening took beside the weights, measured */
     mil_rope rope;
     pthread_mutex_t rope_lock; /* guards growth of rope */
     pthread_mutex_t step_lock; /* held by the runner that steps */

@@ -29,8 +29,11 @@ struct mil_runner {
     ring_entry ring[RING_DEPTH];
     uint64_t n_submitted;
     uint64_t n_retired;
-    int32_t n_positions; /* rows of the rope tables that are ready for this runner */
-    bool has_plan;       /* given out and not submitted */
+    int32_t n_positions;    /* rows of the rope tables that are ready for this runner */
+    uint64_t n_free_before; /* on the model's devices, when this runner began */
+    size_t graph_bytes;     /* as mil_runner_memory has it */
+    bool is_warm;           /* every kernel of a step has run once */
+    bool has_plan;          /* given out and not submitted */
     bool is_checked;
     bool is_entered;
     bool is_dead;
@@ -56,10 +59,28 @@ static size_t sum_of(size_t a, size_t b)
     return mil_add(a, b, &sum) ? sum : SIZE_MAX;
 }
 
+/* Deal out the ring, or measure it; returns its bytes. */
+static size_t place_ring(ring_entry *ring, const mil_model *model, const mil_plan_limits *limits,
+                         void *data)
+{
+    size_t n_adapters = (size_t)model->world * (size_t)limits->max_adapter_slots;
+    mil_arena arena = {.data = data};
+    for (int32_t i = 0; i < RING_DEPTH; i++) {
+        ring_entry *entry = &ring[i];
+        entry->plan = mil_arena_take(&arena, mil_plan_bytes(limits), 1);
+        entry->adapters = mil_arena_take(&arena, n_adapters, sizeof *entry->adapters);
+        entry->samples =
+            mil_arena_take(&arena, (size_t)limits->max_logit_rows, sizeof *entry->samples);
+    }
+    return arena.used;
+}
+
 size_t mil_runner_workspace_bytes(const mil_model *model, const mil_plan_limits *limits,
                                   int32_t page_size)
 {
-    size_t total = 0;
+    ring_entry unused[RING_DEPTH];
+    bool is_host = model->backend->device->is_host;
+    size_t total = is_host ? place_ring(unused, model, limits, NULL) : 0;
     for (int32_t rank = 0; rank < model->world; rank++)
         total = sum_of(total, mil_state_workspace_bytes(model, rank, limits, page_size));
     return total;
@@ -102,47 +123,41 @@ static mil_status check_options(const mil_runner_options *options)
     return MIL_OK;
 }
 
-static mil_status check_memory(mil_model *model, const mil_runner_options *options)
+/* workspace: what is still to be taken of it. */
+static mil_status check_memory(const mil_runner *runner, int32_t n_pages, size_t workspace)
 {
-    size_t workspace = mil_runner_workspace_bytes(model, &options->limits, options->page_size);
+    size_t page_bytes = mil_runner_page_bytes(runner->model, runner->options.page_size);
     mil_model_memory memory;
     size_t kv;
-    if (!mil_mul((size_t)options->n_pages, mil_runner_page_bytes(model, options->page_size), &kv))
+    if (!mil_mul((size_t)n_pages, page_bytes, &kv))
         kv = SIZE_MAX;
-    MIL_TRY(mil_model_memory_get(model, &memory));
-    if (sum_of(workspace, kv) > memory.n_free)
-        return mil_fail(
-            MIL_ERR_MEMORY,
-            "runner: %zu bytes of KV pages and %zu of workspace are wanted, %llu are free", kv,
-            workspace, (unsigned long long)memory.n_free);
-    return MIL_OK;
-}
-
-/* Deal out the ring, or measure it; returns its bytes. */
-static size_t place_ring(mil_runner *runner, void *data)
-{
-    const mil_plan_limits *limits = &runner->options.limits;
-    size_t n_adapters = (size_t)runner->model->world * (size_t)limits->max_adapter_slots;
-    mil_arena arena = {.data = data};
-    for (int32_t i = 0; i < RING_DEPTH; i++) {
-        ring_entry *entry = &runner->ring[i];
-        entry->plan = mil_arena_take(&arena, mil_plan_bytes(limits), 1);
-        entry->adapters = mil_arena_take(&arena, n_adapters, sizeof *entry->adapters);
-        entry->samples =
-            mil_arena_take(&arena, (size_t)limits->max_logit_rows, sizeof *entry->samples);
-    }
-    return arena.used;
+    MIL_TRY(mil_model_memory_get(runner->model, &memory));
+    size_t total = sum_of(workspace, kv);
+    if (total <= memory.n_free)
+        return MIL_OK;
+    return mil_fail(MIL_ERR_MEMORY,
+                    "engine: needs %s of KV pages and %s of workspace, %s has %s free of %s: %s "
+                    "too few",
+                    mil_memory_show(kv).text, mil_memory_show(workspace).text, memory.device,
+                    mil_memory_show(memory.n_free).text, mil_memory_show(memory.n_total).text,
+                    mil_memory_show(total - memory.n_free).text);
 }
 
 static mil_status init_runner(mil_runner *runner)
 {
     mil_model *model = runner->model;
     const mil_runner_options *options = &runner->options;
+    mil_model_memory memory;
+    MIL_TRY(check_memory(runner, options->n_pages,
+                         mil_runner_workspace_bytes(model, &options->limits, options->page_size)));
+    MIL_TRY(mil_model_memory_get(model, &memory));
+    runner->n_free_before = memory.n_free;
     MIL_TRY(mil_alloc_checked((void **)&runner->states, (size_t)model->world, sizeof(mil_state),
                               "runner"));
+    size_t ring_bytes = place_ring(runner->ring, model, &options->limits, NULL);
     MIL_TRY(model->backend->device->alloc_host(model->ranks[0].queue, &runner->ring_slab,
-                                               place_ring(runner, NULL), "plans"));
-    (void)place_ring(runner, runner->ring_slab.data);
+                                               ring_bytes, "plans"));
+    (void)place_ring(runner->ring, model, &options->limits, runner->ring_slab.data);
     runner->n_positions = mil_state_positions(model, &options->limits, options->page_size);
     pthread_mutex_lock(&model->rope_lock);
     mil_rope_reach(&model->rope, runner->n_positions);
@@ -314,17 +329,58 @@ static mil_status step_rank(void *argument, int32_t rank)
 
 /* ---- graphs ---- */
 
-/* A plan of the bucket with nothing in it: it runs, and changes nothing that outlives a step. */
-static void fill_empty(mil_runner *runner, int32_t size, bool has_lora)
+/* A plan of these buckets with nothing in it: it runs, and changes nothing that outlives a step. */
+static mil_batch empty_batch(mil_runner *runner, int32_t n_tokens, int32_t n_logit_rows,
+                             bool has_chunks, bool has_lora)
 {
+    const mil_plan_limits *limits = &runner->options.limits;
     runner->entry = &runner->ring[0];
-    mil_plan_reset(runner->entry->plan, &runner->options.limits, 0);
+    mil_plan_reset(runner->entry->plan, limits, 0);
     mil_plan_view(runner->entry->plan, &runner->batch);
     mil_plan_header *header = runner->batch.header;
-    header->bucket_seqs = header->bucket_tokens = header->bucket_logit_rows = size;
-    header->bucket_chunks = 0;
-    header->bucket_segments = has_lora ? runner->options.limits.max_adapter_slots : 0;
+    header->bucket_seqs = smaller(n_tokens, limits->max_seqs);
+    header->bucket_tokens = n_tokens;
+    header->bucket_chunks = has_chunks ? header->bucket_seqs : 0;
+    header->bucket_logit_rows = n_logit_rows;
+    header->bucket_segments = has_lora ? limits->max_adapter_slots : 0;
     runner->bucket = -1;
+    mil_batch batch = runner->batch;
+    mil_plan_view_at(runner->entry->plan, runner->states[0].plan, &batch);
+    return batch;
+}
+
+/* An empty step of one layer, all layers being of one shape. */
+static mil_status warm_rows(mil_runner *runner, int32_t n_tokens, int32_t n_logit_rows,
+                            bool has_lora)
+{
+    const mil_model *model = runner->model;
+    mil_state *state = &runner->states[0];
+    mil_decoder one = model->ranks[0].decoder;
+    one.n_layers = 1;
+    mil_batch batch = empty_batch(runner, n_tokens, n_logit_rows, true, has_lora);
+    const mil_step step = step_of(runner, state, &batch, 0);
+    MIL_TRY(begin_step(runner, state, &batch, 0));
+    MIL_TRY(mil_decoder_forward(&one, &step, &state->activations));
+    MIL_TRY(choose(runner, &step, 0));
+    /* The plan is read by the device, and the next one is written over it. */
+    return model->backend->device->synchronize(state->context.queue);
+}
+
+/* Run every kernel that a step may need. The driver loads a kernel into device memory when it is
+ * first used, and that shall be before the memory is measured, in no capture and in no step. */
+static mil_status warm_up(mil_runner *runner)
+{
+    const mil_plan_limits *limits = &runner->options.limits;
+    int32_t (*rows_alike)(int32_t) = runner->model->backend->rows_alike;
+    for (int32_t first = 1, last; first <= limits->max_tokens; first = last + 1) {
+        last = smaller(rows_alike(first), limits->max_tokens);
+        bool has_logits = first <= limits->max_logit_rows;
+        int32_t n_logit_rows = has_logits ? smaller(last, limits->max_logit_rows) : 0;
+        MIL_TRY(warm_rows(runner, last, n_logit_rows, false));
+        if (limits->max_adapter_slots > 0)
+            MIL_TRY(warm_rows(runner, last, 0, true));
+    }
+    return MIL_OK;
 }
 
 static mil_status capture(const mil_runner *runner, const mil_step *step,
@@ -339,23 +395,15 @@ static mil_status capture(const mil_runner *runner, const mil_step *step,
     return status != MIL_OK ? status : ended;
 }
 
-/* Run the bucket once op by op, so that every kernel is loaded and every choice made, then note it.
- */
 static mil_status capture_bucket(mil_runner *runner, int32_t index, bool has_lora)
 {
     mil_state *state = &runner->states[0];
     mil_graphs *graphs = &state->graphs;
-    fill_empty(runner, graphs->sizes[index], has_lora);
-    mil_batch batch = runner->batch;
-    mil_plan_view_at(runner->entry->plan, state->plan, &batch);
+    int32_t size = graphs->sizes[index];
+    mil_batch batch = empty_batch(runner, size, size, false, has_lora);
     const mil_step step = step_of(runner, state, &batch, 0);
-    MIL_TRY(begin_step(runner, state, &batch, 0));
-    MIL_TRY(run_batch(runner, state, &batch, 0));
     MIL_TRY(capture(runner, &step, forward, &graphs->forward[index][has_lora]));
-    if (!has_lora)
-        MIL_TRY(capture(runner, &step, choose, &graphs->choice[index]));
-    /* The plan is read by the device, and the next bucket writes it. */
-    return runner->model->backend->device->synchronize(state->context.queue);
+    return has_lora ? MIL_OK : capture(runner, &step, choose, &graphs->choice[index]);
 }
 
 static mil_status capture_all(mil_runner *runner)
@@ -368,22 +416,87 @@ static mil_status capture_all(mil_runner *runner)
     mil_graphs_init(graphs, smaller(limits->max_seqs, limits->max_tokens));
     if (!runner->options.has_graphs)
         return MIL_OK;
-    /* The queue is the model's: what another driver put on it meanwhile would be captured too. */
-    mil_status status = MIL_OK;
-    pthread_mutex_lock(&runner->model->step_lock);
-    for (int32_t i = 0; i < graphs->n_buckets && status == MIL_OK; i++) {
-        status = capture_bucket(runner, i, false);
-        if (status == MIL_OK && limits->max_adapter_slots > 0)
-            status = capture_bucket(runner, i, true);
+    for (int32_t i = 0; i < graphs->n_buckets; i++) {
+        MIL_TRY(capture_bucket(runner, i, false));
+        if (limits->max_adapter_slots > 0)
+            MIL_TRY(capture_bucket(runner, i, true));
     }
-    pthread_mutex_unlock(&runner->model->step_lock);
+    return MIL_OK;
+}
+
+/* ---- pages ---- */
+
+static mil_status prepare_steps(mil_runner *runner)
+{
+    mil_model *model = runner->model;
+    mil_status status = MIL_OK;
+    if (model->backend->device->is_host)
+        return MIL_OK;
+    /* The queue is the model's: what another driver put on it meanwhile would be captured too. */
+    pthread_mutex_lock(&model->step_lock);
+    if (!runner->is_warm)
+        status = warm_up(runner);
+    runner->is_warm = status == MIL_OK;
+    if (status == MIL_OK)
+        status = capture_all(runner);
+    /* Graphs are on their way to the device, and what they take of it is to be measured. */
+    if (status == MIL_OK)
+        status = model->backend->device->synchronize(model->ranks[0].queue);
+    pthread_mutex_unlock(&model->step_lock);
     return status;
 }
+
+static void add_slab(size_t *n_bytes, size_t *untouched, const mil_slab *slab, bool is_host)
+{
+    *n_bytes += slab->n_bytes;
+    *untouched += is_host ? mil_slab_untouched_bytes(slab) : 0;
+}
+
+void mil_runner_memory_get(const mil_runner *runner, mil_runner_memory *memory)
+{
+    bool is_host = runner->model->backend->device->is_host;
+    *memory = (mil_runner_memory){.graph_bytes = runner->graph_bytes};
+    size_t *plans = is_host ? &memory->workspace_bytes : &memory->pinned_bytes;
+    add_slab(plans, &memory->untouched_bytes, &runner->ring_slab, is_host);
+    for (int32_t rank = 0; rank < runner->model->world; rank++) {
+        const mil_state *state = &runner->states[rank];
+        add_slab(&memory->workspace_bytes, &memory->untouched_bytes, &state->slab, is_host);
+        add_slab(&memory->kv_bytes, &memory->untouched_bytes, &state->kv_slab, is_host);
+    }
+}
+
+/* What the devices have less than before this runner, and that is not in its slabs. */
+static mil_status measure_graphs(mil_runner *runner)
+{
+    mil_model_memory now;
+    mil_runner_memory ours;
+    if (runner->model->backend->device->is_host)
+        return MIL_OK;
+    MIL_TRY(mil_model_memory_get(runner->model, &now));
+    mil_runner_memory_get(runner, &ours);
+    uint64_t known = now.n_free + ours.kv_bytes + ours.workspace_bytes;
+    runner->graph_bytes =
+        runner->n_free_before > known ? (size_t)(runner->n_free_before - known) : 0;
+    return MIL_OK;
+}
+
+mil_status mil_runner_take_pages(mil_runner *runner, int32_t n_pages)
+{
+    mil_model *model = runner->model;
+    MIL_TRY(check_memory(runner, n_pages, 0));
+    for (int32_t rank = 0; rank < model->world; rank++)
+        MIL_TRY(mil_state_take_pages(&runner->states[rank], model, rank, n_pages,
+                                     runner->options.page_size));
+    runner->options.n_pages = n_pages;
+    MIL_TRY(prepare_steps(runner));
+    return measure_graphs(runner);
+}
+
+/* ---- create ---- */
 
 mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)
 {
     MIL_TRY(check_options(options));
-    MIL_TRY(check_memory(model, options));
     mil_runner *runner;
     MIL_TRY(mil_alloc_checked((void **)&runner, 1, sizeof *runner, "runner"));
     runner->model = model;
@@ -394,7 +507,7 @@ mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runne
         mil_contents_poison(&model->contents);
     mil_status status = init_runner(runner);
     if (status == MIL_OK)
-        status = capture_all(runner);
+        status = mil_runner_take_pages(runner, options->n_pages);
     if (status != MIL_OK) {
         mil_runner_free(runner);
         return status;

@@ -28,11 +28,28 @@ typedef struct mil_runner_options {
                     that are used again are NaN first */
 } mil_runner_options;
 
-/* Takes all its memory and, where the device has graphs, captures the decode steps: then it waits
- * until no other driver of the model is in a step. */
+/* Takes all its memory, loads on a device every kernel that a step may run, and captures the decode
+ * steps where it has graphs: then it waits until no other driver of the model is in a step. */
 mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)
     MIL_WARN_UNUSED;
 void mil_runner_free(mil_runner *runner);
+
+/* Give the pages back and take n_pages instead; decode steps are captured again. Nothing may be in
+ * flight, and what pages held is lost. An error is fatal for the runner. How to fill a device: make
+ * a runner of one page, see what is left, take that. */
+mil_status mil_runner_take_pages(mil_runner *runner, int32_t n_pages) MIL_WARN_UNUSED;
+
+/* What a runner has taken, over all ranks. */
+typedef struct mil_runner_memory {
+    size_t kv_bytes;
+    size_t
+        workspace_bytes; /* activations, slots, tables, what ops scribble on; a host's plans too */
+    size_t graph_bytes;  /* graphs, kernels and the driver's rounding: measured, 0 on the host */
+    size_t pinned_bytes; /* plans and samples in host memory that a device reads in place */
+    size_t untouched_bytes; /* of the first two on the host: promised, and nothing lies there yet */
+} mil_runner_memory;
+
+void mil_runner_memory_get(const mil_runner *runner, mil_runner_memory *memory);
 
 /* KV bytes of one page over all ranks; workspace and activations of a runner of these limits. */
 size_t mil_runner_page_bytes(const mil_model *model, int32_t page_size);
@@ -63,14 +80,21 @@ void mil_runner_poison_page(mil_runner *runner, int32_t page);
 /* ---- what drivers need of a model ---- */
 
 const mil_config *mil_model_config(const mil_model *model);
-/* Memory where the model's KV pages will lie, over all ranks. */
+/* Memory where the model lies and its KV pages will, over all ranks. */
 typedef struct mil_model_memory {
+    const char *device; /* its name, "cpu", "cuda" */
+    bool is_device;     /* not the host's */
     uint64_t n_free;
     uint64_t n_total;
-    bool is_device; /* not the host's */
+    /* What the model has of it. */
+    size_t weight_bytes;
+    size_t adapter_bytes; /* contents now held */
+    size_t
+        library_bytes; /* handles, libraries, kernels that loading ran: measured when it opened */
 } mil_model_memory;
 
 mil_status mil_model_memory_get(const mil_model *model, mil_model_memory *memory) MIL_WARN_UNUSED;
+bool mil_model_is_on_device(const mil_model *model); /* mil_model_memory's is_device */
 int32_t mil_model_default_page_size(const mil_model *model);
 /* A content's reference for a request: MIL_ERR_NOT_FOUND when no such content is held. */
 mil_status mil_model_hold_adapter(mil_model *model, int32_t content) MIL_WARN_UNUSED;

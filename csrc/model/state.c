@@ -111,17 +111,16 @@ size_t mil_state_page_bytes(const mil_model *model, int32_t rank, int32_t page_s
 
 /* ---- memory ---- */
 
-static void view_pages(mil_state *state, const mil_model *model, int32_t rank,
-                       const mil_runner_options *options)
+static void view_pages(mil_state *state, const mil_model *model, int32_t rank, int32_t n_pages,
+                       int32_t page_size)
 {
-    int64_t layer_elements =
-        (int64_t)options->n_pages * (int64_t)page_elements(model, rank, options->page_size);
+    int64_t layer_elements = (int64_t)n_pages * (int64_t)page_elements(model, rank, page_size);
     state->kv = (mil_kv){
         .k = state->kv_slab.data,
         .v = (uint16_t *)state->kv_slab.data + layer_elements * model->config.n_layers,
         .layer_elements = layer_elements,
-        .n_pages = options->n_pages,
-        .page_size = options->page_size,
+        .n_pages = n_pages,
+        .page_size = page_size,
         .n_kv_heads = model->ranks[rank].shard.n_kv_heads,
         .head_dim = model->config.head_dim,
     };
@@ -152,21 +151,33 @@ mil_status mil_state_init(mil_state *state, const mil_model *model, int32_t rank
     state->context.is_deterministic = options->is_deterministic;
     MIL_TRY(mil_alloc_checked((void **)&state->padded_ranks, (size_t)limits->max_adapter_slots,
                               sizeof(int32_t), "runner"));
-    MIL_TRY(device->alloc(queue, &state->kv_slab,
-                          (size_t)options->n_pages * mil_state_page_bytes(model, rank, page_size),
-                          "KV pages"));
-    view_pages(state, model, rank, options);
     return copy_tables(state, model, (size_t)mil_state_positions(model, limits, page_size));
+}
+
+static void give_pages(mil_state *state)
+{
+    const mil_device *device = state->context.backend->device;
+    mil_graphs_deinit(&state->graphs, device, state->context.queue);
+    device->free(state->context.queue, &state->kv_slab);
+}
+
+mil_status mil_state_take_pages(mil_state *state, const mil_model *model, int32_t rank,
+                                int32_t n_pages, int32_t page_size)
+{
+    size_t n_bytes = (size_t)n_pages * mil_state_page_bytes(model, rank, page_size);
+    give_pages(state);
+    MIL_TRY(
+        model->backend->device->alloc(state->context.queue, &state->kv_slab, n_bytes, "KV pages"));
+    view_pages(state, model, rank, n_pages, page_size);
+    return MIL_OK;
 }
 
 void mil_state_deinit(mil_state *state)
 {
     if (state->context.backend == NULL)
         return;
-    const mil_device *device = state->context.backend->device;
-    mil_graphs_deinit(&state->graphs, device, state->context.queue);
-    device->free(state->context.queue, &state->kv_slab);
-    device->free(state->context.queue, &state->slab);
+    give_pages(state);
+    state->context.backend->device->free(state->context.queue, &state->slab);
     mil_free(state->padded_ranks);
     memset(state, 0, sizeof *state);
 }

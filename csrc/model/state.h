@@ -35,11 +35,14 @@ int32_t mil_state_positions(const mil_model *model, const mil_plan_limits *limit
 /* KV bytes of one page, all layers. */
 size_t mil_state_page_bytes(const mil_model *model, int32_t rank, int32_t page_size);
 
-/* Of checked options; the model's rope tables must reach as far as mil_state_positions. On failure
- * mil_state_deinit gives back what was taken. */
+/* Of checked options, without pages; the model's rope tables must reach as far as
+ * mil_state_positions. On failure mil_state_deinit gives back what was taken. */
 mil_status mil_state_init(mil_state *state, const mil_model *model, int32_t rank,
                           const mil_runner_options *options) MIL_WARN_UNUSED;
 void mil_state_deinit(mil_state *state);
+/* n_pages instead of what there was; graphs, which point into the pages, go first. */
+mil_status mil_state_take_pages(mil_state *state, const mil_model *model, int32_t rank,
+                                int32_t n_pages, int32_t page_size) MIL_WARN_UNUSED;
 
 /* Note on the host what an adapter slot will hold; content NULL: nothing. */
 void mil_state_note_adapter(mil_state *state, int32_t slot, const mil_content *content,

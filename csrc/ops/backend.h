@@ -201,6 +201,11 @@ typedef struct mil_maxima {
     int32_t n_threads;
 } mil_maxima;
 
+typedef struct mil_device_memory {
+    uint64_t n_free, n_total; /* now, whoever uses the rest */
+    uint64_t n_free_at_open;  /* before the queue took anything; on the host n_free */
+} mil_device_memory;
+
 /* One device's calls. Copies and fills are ordered with the ops of their queue; poison is not. A
  * message names the device, what was asked for, and what there is. */
 typedef struct mil_device {
@@ -212,7 +217,7 @@ typedef struct mil_device {
     /* A queue on device `ordinal`: streams, handles, events. NULL out and MIL_OK on the CPU. */
     mil_status (*open)(struct mil_queue **out, int32_t ordinal);
     void (*close)(struct mil_queue *queue);
-    mil_status (*free_bytes)(struct mil_queue *queue, uint64_t *n_free, uint64_t *n_total);
+    mil_status (*memory)(struct mil_queue *queue, mil_device_memory *memory);
 
     /* Zeroed device memory. */
     mil_status (*alloc)(struct mil_queue *queue, mil_slab *slab, size_t n_bytes, const char *what);
@@ -263,6 +268,9 @@ typedef struct mil_backend {
     int32_t lora_v_rank; /* v_part_stride of every step; 0: the largest rank in its batch */
     int32_t logit_block; /* rows of logits that exist at once */
     int32_t max_vocab;   /* largest vocabulary that sample takes; 0: any */
+    /* Rows up to which a step of M rows runs the same kernels: each such size is run once before
+     * the first step, which may load nothing. NULL on the host, which loads none. */
+    int32_t (*rows_alike)(int32_t M);
     const void *kernels; /* the backend's own: what its ops run on (CPU: one instruction set) */
 
     /* ---- weights ---- */

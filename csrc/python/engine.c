@@ -263,6 +263,32 @@ static PyObject *engine_stats(PyObject *object, PyObject *unused)
         "workspace_bytes", (Py_ssize_t)stats.workspace_bytes);
 }
 
+static PyObject *engine_memory(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    engine_object *self = (engine_object *)object;
+    mil_engine *engine = enter(self);
+    if (engine == NULL)
+        return NULL;
+    mil_memory_report report;
+    mil_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = mil_engine_memory_get(engine, &report);
+    Py_END_ALLOW_THREADS
+    self->n_inside--;
+    if (status != MIL_OK)
+        return mil_raise(mil_state_of(object), status);
+    return Py_BuildValue(
+        "{s:s,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K}", "device", report.device, "weight_bytes",
+        (unsigned long long)report.weight_bytes, "kv_bytes", (unsigned long long)report.kv_bytes,
+        "adapter_bytes", (unsigned long long)report.adapter_bytes, "workspace_bytes",
+        (unsigned long long)report.workspace_bytes, "graph_bytes",
+        (unsigned long long)report.graph_bytes, "other_bytes",
+        (unsigned long long)report.other_bytes, "free_bytes", (unsigned long long)report.free_bytes,
+        "total_bytes", (unsigned long long)report.total_bytes, "pinned_bytes",
+        (unsigned long long)report.pinned_bytes);
+}
+
 static PyMethodDef engine_methods[] = {
     {"run", engine_run, METH_NOARGS, "Run steps until stop(); the calling thread is lent for it."},
     {"submit", (PyCFunction)(void (*)(void))engine_submit, METH_VARARGS | METH_KEYWORDS,
@@ -274,6 +300,7 @@ static PyMethodDef engine_methods[] = {
     {"stop", engine_stop, METH_NOARGS, "Make run() return after the step in flight."},
     {"free", engine_free, METH_NOARGS, "Give all memory back; run() must have returned."},
     {"stats", engine_stats, METH_NOARGS, "The counters of mil_engine_stats as a dict."},
+    {"memory", engine_memory, METH_NOARGS, "The rows of mil_memory_report as a dict."},
     {NULL, NULL, 0, NULL},
 };
 

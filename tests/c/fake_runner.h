@@ -4,7 +4,6 @@
 
 #include "fake_device.h"
 
-#include "base/machine.h"
 #include "base/memory.h"
 #include "model/runner.h"
 
@@ -19,9 +18,11 @@ struct mil_model {
     atomic_int n_plans;    /* given out */
     atomic_int n_early;    /* pages that became free while a step in flight named them */
     int32_t depth;         /* of its runners' queues */
-    uint64_t fail_at;      /* this step fails */
-    uint64_t count_from;   /* allocator calls are counted from this step */
-    uint64_t count_to;     /* to this one */
+    mil_model_memory memory;
+    uint64_t graph_bytes; /* of memory, that its runners' graphs take */
+    uint64_t fail_at;     /* this step fails */
+    uint64_t count_from;  /* allocator calls are counted from this step */
+    uint64_t count_to;    /* to this one */
     uint64_t calls_before;
     uint64_t calls_between;
     void (*on_step)(void *context, mil_plan *plan); /* before the step runs; may be NULL */
@@ -43,7 +44,11 @@ struct mil_runner {
 #define FAKE_VOCAB 24
 
 static const mil_model FAKE_MODEL = {
-    .config = {.vocab = FAKE_VOCAB, .max_position = 96}, .page_bytes = 1000, .depth = 1};
+    .config = {.vocab = FAKE_VOCAB, .max_position = 96},
+    .page_bytes = 1000,
+    .depth = 1,
+    .memory = {.device = "fake", .n_free = (uint64_t)1 << 33, .n_total = (uint64_t)1 << 34},
+};
 
 const mil_config *mil_model_config(const mil_model *model)
 {
@@ -79,6 +84,11 @@ size_t mil_runner_workspace_bytes(const mil_model *model, const mil_plan_limits 
     return (size_t)limits->max_tokens * 100;
 }
 
+bool mil_model_is_on_device(const mil_model *model)
+{
+    return model->memory.is_device;
+}
+
 static void fake_ring_free(mil_runner *runner)
 {
     for (int32_t i = 0; i < FAKE_RING; i++) {
@@ -86,6 +96,29 @@ static void fake_ring_free(mil_runner *runner)
         mil_free(runner->samples[i]);
     }
     mil_free(runner);
+}
+
+void mil_runner_memory_get(const mil_runner *runner, mil_runner_memory *memory)
+{
+    const mil_runner_options *options = &runner->options;
+    *memory = (mil_runner_memory){
+        .kv_bytes =
+            (size_t)options->n_pages * mil_runner_page_bytes(runner->model, options->page_size),
+        .workspace_bytes =
+            mil_runner_workspace_bytes(runner->model, &options->limits, options->page_size),
+        .graph_bytes = runner->model->graph_bytes,
+    };
+}
+
+/* A device has less while a runner is there; a host's memory is not counted. */
+static void fake_take(mil_runner *runner, bool takes)
+{
+    mil_model_memory *memory = &runner->model->memory;
+    mil_runner_memory taken;
+    mil_runner_memory_get(runner, &taken);
+    uint64_t n_bytes = taken.kv_bytes + taken.workspace_bytes + taken.graph_bytes;
+    if (memory->is_device)
+        memory->n_free = takes ? memory->n_free - n_bytes : memory->n_free + n_bytes;
 }
 
 mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)
@@ -105,7 +138,19 @@ mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runne
     runner->options = *options;
     fake_device_init(&runner->device, &options->limits, options->n_pages, options->page_size,
                      model->config.vocab);
+    fake_take(runner, true);
     *out = runner;
+    return MIL_OK;
+}
+
+mil_status mil_runner_take_pages(mil_runner *runner, int32_t n_pages)
+{
+    fake_device_deinit(&runner->device);
+    fake_take(runner, false);
+    runner->options.n_pages = n_pages;
+    fake_device_init(&runner->device, &runner->options.limits, n_pages, runner->options.page_size,
+                     runner->model->config.vocab);
+    fake_take(runner, true);
     return MIL_OK;
 }
 
@@ -113,6 +158,7 @@ void mil_runner_free(mil_runner *runner)
 {
     if (runner == NULL)
         return;
+    fake_take(runner, false);
     fake_device_deinit(&runner->device);
     fake_ring_free(runner);
 }
@@ -138,9 +184,7 @@ mil_plan *mil_runner_plan(mil_runner *runner)
 
 mil_status mil_model_memory_get(const mil_model *model, mil_model_memory *memory)
 {
-    (void)model;
-    *memory =
-        (mil_model_memory){.n_free = mil_memory_free_bytes(), .n_total = mil_memory_limit_bytes()};
+    *memory = model->memory;
     return MIL_OK;
 }
 

@@ -545,6 +545,95 @@ TEST(a_hundred_steps_allocate_nothing)
     close_bench(&b, MIL_OK);
 }
 
+/* ---- a device's memory ---- */
+
+#define MIB ((uint64_t)1 << 20)
+
+/* 1 GiB, 124 MiB of it in use, pages of 1 MiB. */
+static mil_model device_model(void)
+{
+    mil_model model = FAKE_MODEL;
+    model.page_bytes = 1 * MIB;
+    model.graph_bytes = 50 * MIB;
+    model.memory = (mil_model_memory){.device = "fake",
+                                      .is_device = true,
+                                      .n_free = 900 * MIB,
+                                      .n_total = 1024 * MIB,
+                                      .weight_bytes = 100 * MIB,
+                                      .adapter_bytes = 3 * MIB,
+                                      .library_bytes = 7 * MIB};
+    return model;
+}
+
+static uint64_t sum_of_rows(const mil_memory_report *report)
+{
+    return report->weight_bytes + report->kv_bytes + report->adapter_bytes +
+           report->workspace_bytes + report->graph_bytes + report->other_bytes + report->free_bytes;
+}
+
+TEST(on_a_device_pages_take_what_all_else_leaves_of_the_share)
+{
+    static mil_model model;
+    model = device_model();
+    const mil_engine_options options = {
+        .gpu_memory_utilization = 0.5, .page_size = 16, .max_num_seqs = 200};
+    mil_engine *engine;
+    mil_memory_report report;
+    CHECK_INT(mil_engine_create(&engine, &model, &options), MIL_OK);
+    uint64_t in_use = model.memory.n_total - model.memory.n_free;
+    /* One page less for the one that was there while it was measured, and 2 MiB for rounding. */
+    CHECK(in_use <= 512 * MIB && in_use > 508 * MIB);
+    CHECK_INT(mil_engine_memory_get(engine, &report), MIL_OK);
+    CHECK_INT(sum_of_rows(&report), report.total_bytes);
+    CHECK_INT(report.total_bytes, 1024 * MIB);
+    CHECK_INT(report.free_bytes, model.memory.n_free);
+    CHECK_INT(report.weight_bytes, 100 * MIB);
+    CHECK_INT(report.adapter_bytes, 3 * MIB);
+    CHECK_INT(report.graph_bytes, 57 * MIB);
+    CHECK_INT(report.other_bytes, 14 * MIB);
+    CHECK_INT(report.kv_bytes, in_use - 174 * MIB - report.workspace_bytes);
+    mil_engine_free(engine);
+    CHECK_INT(model.memory.n_free, 900 * MIB);
+}
+
+TEST(kv_bytes_that_were_given_overrule_the_share)
+{
+    static mil_model model;
+    model = device_model();
+    const mil_engine_options options = {
+        .gpu_memory_utilization = 0.1, .page_size = 16, .kv_cache_bytes = 700 * MIB};
+    mil_engine *engine;
+    mil_memory_report report;
+    CHECK_INT(mil_engine_create(&engine, &model, &options), MIL_OK);
+    CHECK_INT(mil_engine_memory_get(engine, &report), MIL_OK);
+    CHECK_INT(report.kv_bytes, 700 * MIB);
+    mil_engine_free(engine);
+}
+
+TEST(an_engine_that_does_not_fit_says_by_how_much_and_holds_nothing)
+{
+    static mil_model model;
+    model = device_model();
+    mil_engine_options options = {.gpu_memory_utilization = 0.1, .page_size = 16};
+    size_t held = mil_memory_held_bytes();
+    mil_engine *engine;
+    CHECK_INT(mil_engine_create(&engine, &model, &options), MIL_ERR_MEMORY);
+    CHECK(strstr(mil_status_message(), "at least 2.00 MiB, 0 bytes are left") != NULL);
+    CHECK(strstr(mil_status_message(),
+                 "2.00 MiB too few (gpu_memory_utilization 0.1 of the 1.00 "
+                 "GiB of fake is 102.40 MiB; weights take 100.00 MiB") != NULL);
+    /* What only the measuring shows. */
+    options.gpu_memory_utilization = 0.16;
+    CHECK_INT(mil_engine_create(&engine, &model, &options), MIL_ERR_MEMORY);
+    options.gpu_memory_utilization = 0.1785;
+    options.max_model_len = 96;
+    CHECK_INT(mil_engine_create(&engine, &model, &options), MIL_ERR_MEMORY);
+    CHECK(strstr(mil_status_message(), "max_model_len is 96, expected at most 80: it needs 7.00 "
+                                       "MiB of KV pages, 6.00 MiB are left") != NULL);
+    CHECK_INT(model.memory.n_free, 900 * MIB);
+    CHECK_INT(mil_memory_held_bytes(), held);
+}
+
 TEST(a_failed_allocation_at_create_is_an_error_and_holds_nothing)
 {
     static mil_model model;

@@ -66,4 +66,43 @@ TEST(a_slab_beyond_the_address_space_is_a_named_error)
     CHECK_INT(mil_slab_init(&slab, (size_t)1 << 60, "weights"), MIL_ERR_MEMORY);
 }
 
+TEST(sizes_are_shown_with_their_unit)
+{
+    CHECK(strcmp(mil_memory_show(0).text, "0 bytes") == 0);
+    CHECK(strcmp(mil_memory_show(1023).text, "1023 bytes") == 0);
+    CHECK(strcmp(mil_memory_show(1024).text, "1.00 KiB") == 0);
+    CHECK(strcmp(mil_memory_show((1 << 20) - 1).text, "1.00 MiB") == 0);
+    CHECK(strcmp(mil_memory_show((uint64_t)3 << 29).text, "1.50 GiB") == 0);
+    CHECK(strcmp(mil_memory_show(UINT64_MAX).text, "16.00 EiB") == 0);
+}
+
+TEST(untouched_pages_of_a_slab_are_counted)
+{
+    mil_slab slab;
+    CHECK_INT(mil_slab_init(&slab, (size_t)100 << 20, "slab"), MIL_OK);
+    CHECK_INT(mil_slab_untouched_bytes(&slab), slab.n_bytes);
+    /* The last byte, and every one of the first 10 MiB; pages of either size may come. */
+    memset(slab.data, 1, (size_t)10 << 20);
+    ((char *)slab.data)[slab.n_bytes - 1] = 1;
+    size_t untouched = mil_slab_untouched_bytes(&slab);
+    CHECK(untouched <= slab.n_bytes - ((size_t)10 << 20) - 4096);
+    CHECK(untouched >= slab.n_bytes - ((size_t)12 << 20));
+    memset(slab.data, 1, slab.n_bytes);
+    CHECK_INT(mil_slab_untouched_bytes(&slab), 0);
+    mil_slab_deinit(&slab);
+}
+
+TEST(a_devices_allocator_counts_and_fails_with_the_rest)
+{
+    uint64_t before = mil_memory_calls();
+    CHECK(!mil_memory_refuses());
+    mil_memory_fail_at(2);
+    void *block = mil_alloc(1, 1);
+    CHECK(block != NULL);
+    CHECK(mil_memory_refuses());
+    CHECK(!mil_memory_refuses());
+    CHECK_INT(mil_memory_calls() - before, 4);
+    mil_free(block);
+}
+
 TEST_MAIN()

@@ -64,13 +64,12 @@ TEST(knobs_out_of_range_are_errors_that_name_both_sides)
 }
 
 static mil_status fit(mil_engine_options *options, int32_t *n_pages, int32_t max_position,
-                      uint64_t free_bytes)
+                      uint64_t left_bytes)
 {
     mil_kv_facts facts = {.max_position = max_position,
                           .page_bytes = 1000,
-                          .workspace_bytes = 1 * MIB,
-                          .free_bytes = free_bytes,
-                          .kv_divisor = 2};
+                          .left_bytes = left_bytes,
+                          .left_of = "half of it"};
     CHECK_INT(mil_options_complete(options, false), MIL_OK);
     return mil_options_fit_kv(options, n_pages, &facts);
 }
@@ -85,11 +84,11 @@ TEST(kv_takes_what_all_sequences_need_where_memory_is_plenty)
     CHECK_INT(options.kv_cache_bytes, 29 * 1000);
 }
 
-TEST(kv_takes_half_of_what_is_free_and_cuts_the_context_to_it)
+TEST(kv_takes_what_is_left_and_cuts_the_context_to_it)
 {
     mil_engine_options options = {0};
     int32_t n_pages;
-    CHECK_INT(fit(&options, &n_pages, 4096, 1 * MIB + 22000), MIL_OK);
+    CHECK_INT(fit(&options, &n_pages, 4096, 11999), MIL_OK);
     CHECK_INT(n_pages, 11);
     CHECK_INT(options.max_model_len, 160);
 }
@@ -110,11 +109,16 @@ TEST(a_kv_cache_too_small_is_an_error_with_figures)
     CHECK_INT(fit(&tiny, &n_pages, 4096, 0), MIL_ERR_ARGUMENT);
     CHECK(says("kv_cache_bytes is 1999, expected at least 2000"));
     mil_engine_options none = {0};
-    CHECK_INT(fit(&none, &n_pages, 4096, 1 * MIB + 3999), MIL_ERR_MEMORY);
-    CHECK(says("1052575 bytes are free beside 1048576") && says("at least 4000"));
+    CHECK_INT(fit(&none, &n_pages, 4096, 1500), MIL_ERR_MEMORY);
+    CHECK(says("at least 1.95 KiB, 1.46 KiB are left") && says("500 bytes too few (half of it)"));
     mil_engine_options length = {.kv_cache_bytes = 5000, .max_model_len = 65};
     CHECK_INT(fit(&length, &n_pages, 4096, 0), MIL_ERR_ARGUMENT);
-    CHECK(says("max_model_len is 65, expected at most 64"));
+    CHECK(says("max_model_len is 65, expected at most 64") && says("5000 bytes holds"));
+    CHECK(says("needs 6000, 1000 more"));
+    mil_engine_options left = {.max_model_len = 65};
+    CHECK_INT(fit(&left, &n_pages, 4096, 5500), MIL_ERR_MEMORY);
+    CHECK(says("max_model_len is 65, expected at most 64: it needs 5.86 KiB of KV pages"));
+    CHECK(says("5.37 KiB are left for them, 1000 bytes too few (half of it)"));
     mil_engine_options beyond = {.max_model_len = 4097};
     CHECK_INT(fit(&beyond, &n_pages, 4096, 1024 * MIB), MIL_ERR_ARGUMENT);
     CHECK(says("max_model_len is 4097, expected 2..4096"));

@@ -583,12 +583,82 @@ TEST(sizes_told_beforehand_are_sizes_taken_and_all_comes_back)
     mil_runner *runner;
     options.n_pages = INT32_MAX;
     CHECK_INT(mil_runner_create(&runner, model, &options), MIL_ERR_MEMORY);
-    CHECK(strstr(mil_status_message(), "are free") != NULL);
+    CHECK(strstr(mil_status_message(), "engine: needs 48.00 TiB of KV pages") != NULL);
+    CHECK(strstr(mil_status_message(), "too few") != NULL);
     options.n_pages = 64;
     options.page_size = 24;
     CHECK_INT(mil_runner_create(&runner, model, &options), MIL_ERR_ARGUMENT);
     CHECK(strstr(mil_status_message(), "24") != NULL);
     mil_model_free(model);
+}
+
+TEST(a_runner_reports_the_slabs_it_holds_and_how_much_of_them_is_untouched)
+{
+    mil_config config = dummy_config();
+    for (int32_t world = 1; world <= 2; world++) {
+        rig r;
+        int32_t token = 1;
+        mil_runner_memory memory;
+        mil_model_memory model;
+        rig_open(&r, &config, world, false);
+        mil_runner_leave(r.runner);
+        size_t held = mil_memory_held_bytes();
+        mil_runner_memory_get(r.runner, &memory);
+        const mil_runner_options options = {
+            .limits = {.max_seqs = MAX_SEQS,
+                       .max_tokens = MAX_TOKENS,
+                       .max_logit_rows = MAX_TOKENS,
+                       .max_pages_per_seq = PAGES_PER_SEQ,
+                       .max_page_sets = MAX_SEQS * PAGES_PER_SEQ,
+                       .max_adapter_slots = MAX_ADAPTERS},
+        };
+        size_t asked = mil_runner_workspace_bytes(r.model, &options.limits, PAGE);
+        /* Slabs are rounded up to pages, two of each rank and the plans'. */
+        CHECK(memory.workspace_bytes >= asked && memory.workspace_bytes < asked + (5u << 21));
+        CHECK(memory.kv_bytes >= MAX_SEQS * PAGES_PER_SEQ * mil_runner_page_bytes(r.model, PAGE));
+        CHECK_INT(memory.graph_bytes, 0);
+        CHECK_INT(memory.pinned_bytes, 0);
+        size_t untouched = memory.untouched_bytes;
+        CHECK(untouched > 0 && untouched <= memory.kv_bytes + memory.workspace_bytes);
+        CHECK_INT(mil_runner_enter(r.runner), MIL_OK);
+        seq s = new_seq(0, MIL_NO_ADAPTER);
+        step(&r, &(item){.seq = &s, .tokens = &token, .n_tokens = 1}, 1);
+        mil_runner_leave(r.runner);
+        mil_runner_memory_get(r.runner, &memory);
+        CHECK(memory.untouched_bytes < untouched);
+        CHECK_INT(mil_model_memory_get(r.model, &model), MIL_OK);
+        CHECK_INT(model.adapter_bytes, 0);
+        CHECK(strcmp(model.device, "cpu") == 0 && !model.is_device);
+        mil_runner_free(r.runner);
+        CHECK(held - mil_memory_held_bytes() >= memory.kv_bytes + memory.workspace_bytes);
+        CHECK(held - mil_memory_held_bytes() <
+              memory.kv_bytes + memory.workspace_bytes + (1 << 20));
+        mil_model_free(r.model);
+        free(r.logits);
+    }
+}
+
+TEST(pages_taken_anew_are_as_many_as_asked_and_serve)
+{
+    mil_config config = dummy_config();
+    rig r;
+    int32_t tokens[20];
+    float before[VOCAB], after[VOCAB];
+    mil_runner_memory memory;
+    make_tokens(tokens, 20, 5);
+    rig_open(&r, &config, 2, true);
+    run_alone(&r, before, tokens, 20, MIL_NO_ADAPTER);
+    mil_runner_leave(r.runner);
+    size_t held = mil_memory_held_bytes();
+    CHECK_INT(mil_runner_take_pages(r.runner, 3 * MAX_SEQS * PAGES_PER_SEQ), MIL_OK);
+    mil_runner_memory_get(r.runner, &memory);
+    CHECK(memory.kv_bytes >= 3 * MAX_SEQS * PAGES_PER_SEQ * mil_runner_page_bytes(r.model, PAGE));
+    CHECK_INT(mil_runner_take_pages(r.runner, MAX_SEQS * PAGES_PER_SEQ), MIL_OK);
+    CHECK_INT(mil_memory_held_bytes(), held);
+    CHECK_INT(mil_runner_enter(r.runner), MIL_OK);
+    run_alone(&r, after, tokens, 20, MIL_NO_ADAPTER);
+    CHECK(same_bits(before, after));
+    rig_close(&r);
 }
 
 TEST(two_models_in_one_process_do_not_disturb_each_other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -12,9 +13,12 @@ import pytest
 
 from milpy import _C, LLM, SamplingParams, core
 from milpy.errors import AnswerError, EngineError, RequestError
+from milpy.memory import MemoryReport
 
 FOREVER = SamplingParams(ignore_eos=True)
 STATS = {"max_model_len": 64, "n_running": 0, "n_waiting": 0, "kv_bytes": 0}
+
+MEMORY = [field.name for field in fields(MemoryReport) if field.name != "device"]
 
 
 class ScriptedEngine:
@@ -66,6 +70,9 @@ class ScriptedEngine:
 
     def stats(self) -> dict[str, int]:
         return dict(STATS)
+
+    def memory(self) -> dict[str, Any]:
+        return {"device": "cpu"} | dict.fromkeys(MEMORY, 0)
 
 
 class FakeC:

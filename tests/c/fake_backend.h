@@ -69,8 +69,18 @@ static void fake_give_back(struct mil_queue *queue, mil_slab *slab)
     mil_slab_deinit(slab);
 }
 
+static uint64_t fake_free_bytes = UINT64_MAX;
+
+static mil_status fake_memory(struct mil_queue *queue, mil_device_memory *memory)
+{
+    (void)queue;
+    *memory = (mil_device_memory){fake_free_bytes, UINT64_MAX, fake_free_bytes};
+    return MIL_OK;
+}
+
 static const mil_device fake_host = {.name = "fake",
                                      .is_host = true,
+                                     .memory = fake_memory,
                                      .alloc = fake_alloc,
                                      .free = fake_give_back,
                                      .alloc_host = fake_alloc,

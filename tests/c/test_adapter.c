@@ -297,6 +297,25 @@ TEST(no_allocation_that_fails_leaks)
     checkpoint_free(&r.files);
 }
 
+TEST(an_adapter_that_does_not_fit_says_by_how_much_and_takes_nothing)
+{
+    rig r;
+    mil_adapter adapter;
+    size_t held;
+    rig_init(&r);
+    held = mil_memory_held_bytes();
+    fake_free_bytes = 1024;
+    CHECK_INT(init_on(&adapter, &r, 1, 2), MIL_ERR_MEMORY);
+    fake_free_bytes = UINT64_MAX;
+    CHECK(strstr(mil_status_message(), "adapter: needs ") != NULL);
+    CHECK(strstr(mil_status_message(), ", fake has 1.00 KiB free") != NULL);
+    CHECK(strstr(mil_status_message(), " too few") != NULL);
+    CHECK_INT(mil_memory_held_bytes(), held);
+    CHECK_INT(init_on(&adapter, &r, 1, 2), MIL_OK);
+    mil_adapter_deinit(&adapter);
+    checkpoint_free(&r.files);
+}
+
 /* ---- dummy ---- */
 
 TEST(dummy_adapters_are_seeded_and_need_no_files)

@@ -14,7 +14,6 @@
  * FlashAttention-2: Dao 2023. Bound by tensor cores (prefill) or by bytes of KV (decode). */
 #include "ops/backend.h"
 
-#include "kernels/attention_sm90.h"
 #include "kernels/attention_stream.cuh"
 
 #define ONES 0x3f803f80u /* two bf16 */
@@ -125,12 +124,6 @@ typedef struct row_limits {
     int32_t least, greatest; /* of end_of; greatest is 0 where the tile has no such rows */
 } row_limits;
 
-/* cap * tanh(x / cap) in powers of two: 1 - 2 / (e^2y + 1). */
-static __device__ __forceinline__ float cap_score(const attention_params &p, float x)
-{
-    return p.cap_out * (1.0f - __fdividef(2.0f, mil_exp2(p.cap_in * x) + 1.0f));
-}
-
 /* Cap, mask, and the largest of each row, times factor. `key` is the first of s. */
 template <int N>
 static __device__ __forceinline__ void
@@ -138,12 +131,12 @@ shape_scores(float (&s)[N][4], float (&top)[2], const attention_params &p, const
              int32_t row, int32_t key)
 {
     const int32_t column = key + 2 * (int32_t)(thread_index() % 4);
-    if (p.cap_out != 0.0f)
+    if (p.scale.cap_out != 0.0f)
 #pragma unroll
         for (int i = 0; i < N; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                s[i][j] = cap_score(p, s[i][j]);
+                s[i][j] = mil_attention_cap(p.scale, s[i][j]);
     if (key + 8 * N > limits.least || key < first_of(p, limits.greatest))
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -163,7 +156,7 @@ shape_scores(float (&s)[N][4], float (&top)[2], const attention_params &p, const
         for (int i = 1; i < N; i++)
             top[r] = fmaxf(top[r], fmaxf(s[i][2 * r], s[i][2 * r + 1]));
         top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
-        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2)) * p.factor;
+        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2)) * p.scale.factor;
     }
 }
 
@@ -223,7 +216,7 @@ find_weights(row_state<Shape> &state, uint32_t (&weight)[Shape::KEY_STEPS][4],
         for (int j = 0; j < 4; j++) {
             const float (&from)[4] = s[2 * i + j / 2];
             const int r = j % 2;
-            weight[i][j] = weights(from[2 * r], from[2 * r + 1], p.factor, state.maximum[r]);
+            weight[i][j] = weights(from[2 * r], from[2 * r + 1], p.scale.factor, state.maximum[r]);
         }
 }
 
@@ -262,7 +255,7 @@ share_weights(row_state<Shape> &state, attention_shares *shares,
             for (int r = 0; r < 2; r++)
                 *(uint32_t *)&shares
                      ->p[(lane / 4 + 8 * r) * P_STRIDE + 16 * warp + 8 * i + 2 * (lane % 4)] =
-                    weights(s[i][2 * r], s[i][2 * r + 1], p.factor, state.maximum[r]);
+                    weights(s[i][2 * r], s[i][2 * r + 1], p.scale.factor, state.maximum[r]);
 }
 
 /* o0, o1 += P V for 16 columns; v: this lane's address in the first 16 keys at those columns. */
@@ -520,7 +513,6 @@ extern "C" mil_status mil_cuda_attention(mil_context *context, const mil_attenti
 {
     const mil_plan_header *header = args->batch->header;
     const mil_kv *kv = args->kv;
-    const float log2e = 1.44269504f;
     if (kv->head_dim % 8 != 0 || kv->head_dim > 256 || args->n_heads % kv->n_kv_heads != 0)
         return mil_fail(
             MIL_ERR_UNSUPPORTED,
@@ -531,6 +523,8 @@ extern "C" mil_status mil_cuda_attention(mil_context *context, const mil_attenti
         return mil_fail(MIL_ERR_UNSUPPORTED,
                         "attention: page size %d, expected a power of two from 16 on",
                         kv->page_size);
+    if (mil_attention_is_sm90(context->queue, kv))
+        return mil_cuda_attention_sm90(context, args);
     const mil_attention_places places =
         mil_attention_place(context->step_data, context->step_bytes, header->bucket_seqs,
                             args->n_heads, kv->n_kv_heads);
@@ -558,18 +552,10 @@ extern "C" mil_status mil_cuda_attention(mil_context *context, const mil_attenti
     params.page_bytes = params.head_bytes * (uint32_t)kv->n_kv_heads;
     params.max_pages = args->slots->max_pages;
     params.window = args->window;
-    params.factor = args->scale * log2e;
-    if (args->softcap > 0.0f) {
-        params.cap_in = 2.0f * log2e * args->scale / args->softcap;
-        params.cap_out = args->softcap * log2e;
-        params.factor = 1.0f;
-    }
-    const bool is_sm90 = mil_attention_is_sm90(context->queue, kv);
-    if (is_sm90 && header->bucket_chunks > 0)
-        MIL_TRY(mil_cuda_attention_sm90(context, args, &places));
+    params.scale = mil_attention_scale_of(args->scale, args->softcap);
     const int64_t n_items =
-        mil_attention_most_items(header->bucket_seqs, is_sm90 ? 0 : header->bucket_tokens,
-                                 params.group, mil_attention_tiles(args->n_heads, kv->n_kv_heads),
+        mil_attention_most_items(header->bucket_seqs, header->bucket_tokens, params.group,
+                                 mil_attention_tiles(args->n_heads, kv->n_kv_heads),
                                  mil_attention_max_splits(kv->n_kv_heads));
     return launch_any(context, params, n_items * kv->n_kv_heads);
 }

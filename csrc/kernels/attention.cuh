@@ -35,7 +35,7 @@ typedef struct mil_attention_item {
 /* step_data from its start: header, counters (zero between kernels), items. */
 typedef struct mil_attention_list {
     int32_t n_items;
-    int32_t n_chunk_items; /* the first so many are tiles of chunks that attention_sm90.cu takes */
+    int32_t n_chunk_items; /* Hopper path: the first so many are tiles of chunks */
 } mil_attention_list;
 
 typedef struct mil_attention_places {
@@ -63,7 +63,7 @@ static inline int32_t mil_attention_tile_rows(int32_t head_dim)
     return head_dim <= 64 ? 128 : head_dim <= 128 ? 96 : 64;
 }
 
-/* Whether attention_sm90.cu has a kernel for this shape: a box of 64 keys lies in one page. */
+/* Whether attention_sm90.cu serves this shape: a box of 64 keys lies in one page. */
 static inline bool mil_attention_is_sm90(const mil_queue *queue, const mil_kv *kv)
 {
     return queue->path == MIL_CUDA_SM90 && (kv->head_dim == 64 || kv->head_dim == 128) &&
@@ -133,6 +133,27 @@ static inline mil_attention_partials mil_attention_partials_in(void *workspace, 
     return partials;
 }
 
+/* Then p = exp2(factor * score - maximum). With softcap, a score is cap_out * tanh of it, the tanh
+ * wants exp2 of cap_in * score, and factor is 1. */
+typedef struct mil_attention_scale {
+    float cap_in, cap_out, factor;
+} mil_attention_scale;
+
+static inline mil_attention_scale mil_attention_scale_of(float scale, float softcap)
+{
+    const float log2e = 1.44269504f;
+    mil_attention_scale of = {0.0f, 0.0f, scale * log2e};
+    if (softcap > 0.0f) {
+        of.cap_in = 2.0f * log2e * scale / softcap;
+        of.cap_out = softcap * log2e;
+        of.factor = 1.0f;
+    }
+    return of;
+}
+
+/* The Hopper path, where mil_attention_is_sm90 says so. */
+extern "C" mil_status mil_cuda_attention_sm90(mil_context *, const mil_attention_args *);
+
 /* ---- on the device ---- */
 
 static __device__ __forceinline__ float mil_exp2(float x)
@@ -140,6 +161,12 @@ static __device__ __forceinline__ float mil_exp2(float x)
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+/* cap * tanh(x / cap) in powers of two: 1 - 2 / (e^2y + 1). */
+static __device__ __forceinline__ float mil_attention_cap(const mil_attention_scale &scale, float x)
+{
+    return scale.cap_out * (1.0f - __fdividef(2.0f, mil_exp2(scale.cap_in * x) + 1.0f));
 }
 
 /* Packed row r of a tile as (row of T, head). */
@@ -153,18 +180,23 @@ static __device__ __forceinline__ int64_t mil_attention_row(const mil_attention_
     return (int64_t)(item->token + (int32_t)query) * n_heads + head;
 }
 
+/* One split more is done: whether it was the last one. */
+static __device__ __forceinline__ int32_t mil_attention_count(int32_t *counter, int32_t n_splits)
+{
+    const bool is_last = atomicAdd(counter, 1) == n_splits - 1;
+    if (is_last)
+        *counter = 0; /* the next layer's */
+    return is_last;
+}
+
 /* Called by the whole block after it wrote its partial result: true in the block that came last. */
 static __device__ __forceinline__ bool mil_attention_is_last(int32_t *counter, int32_t n_splits,
                                                              int32_t *is_last)
 {
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
-        const int32_t n_before = atomicAdd(counter, 1);
-        *is_last = n_before == n_splits - 1;
-        if (n_before == n_splits - 1)
-            *counter = 0; /* the next layer's */
-    }
+    if (threadIdx.x == 0)
+        *is_last = mil_attention_count(counter, n_splits);
     __syncthreads();
     if (!*is_last)
         return false;

@@ -29,9 +29,7 @@ typedef struct attention_params {
      * clamped: nothing of theirs is used. */
     uint32_t page_mask, last_page, row_bytes, head_bytes, page_bytes;
     int32_t window;
-    /* With softcap, a score is cap_out * tanh of it, and the tanh wants exp2 of cap_in * score.
-     * Then p = exp2(factor * score - maximum). */
-    float cap_in, cap_out, factor;
+    mil_attention_scale scale;
 } attention_params;
 
 /* A block of keys on its way. */
@@ -124,14 +122,13 @@ static __device__ __forceinline__ void take_item(const attention_params &p,
     const int64_t place = (turn & 1) != 0 ? n_blocks - 1 - blockIdx.x : blockIdx.x;
     const int64_t index = turn * n_blocks + place;
     at->key = at->end = 0;
-    const int32_t n_before = p.list->n_chunk_items;
-    if (index >= (int64_t)(p.list->n_items - n_before) * p.n_kv_heads) {
+    if (index >= (int64_t)p.list->n_items * p.n_kv_heads) {
         if (threadIdx.x == 0)
             queued->item.n_rows = 0;
         at->n_items--;
         return;
     }
-    const mil_attention_item item = p.items[n_before + (uint32_t)index / (uint32_t)p.n_kv_heads];
+    const mil_attention_item item = p.items[(uint32_t)index / (uint32_t)p.n_kv_heads];
     at->kv_head = (int32_t)((uint32_t)index % (uint32_t)p.n_kv_heads);
     at->slot = item.slot;
     at->end = item.key_end;

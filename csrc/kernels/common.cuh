@@ -159,20 +159,31 @@ static __device__ __forceinline__ void mil_copy_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-static __device__ __forceinline__ void mil_ldmatrix4(uint32_t (&out)[4], const void *shared)
+/* shared: an address as mil_shared_address gives it. */
+static __device__ __forceinline__ void mil_ldmatrix4_at(uint32_t (&out)[4], uint32_t shared)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(mil_shared_address(shared))
+                 : "r"(shared)
                  : "memory");
+}
+
+static __device__ __forceinline__ void mil_ldmatrix4_trans_at(uint32_t (&out)[4], uint32_t shared)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void mil_ldmatrix4(uint32_t (&out)[4], const void *shared)
+{
+    mil_ldmatrix4_at(out, mil_shared_address(shared));
 }
 
 static __device__ __forceinline__ void mil_ldmatrix4_trans(uint32_t (&out)[4], const void *shared)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(mil_shared_address(shared))
-                 : "memory");
+    mil_ldmatrix4_trans_at(out, mil_shared_address(shared));
 }
 
 /* d += a b: a 16 x 16 bf16 row-major, b 16 x 8 bf16 column-major, d 16 x 8 fp32. */

@@ -1,14 +1,19 @@
-"""The demo model on a GPU: the CPU's tokens but for near-ties; graphs and single ops agree."""
+"""The demo model served on a GPU: the CPU's tokens but for near-ties, in every voice; and what an
+engine with few rows, few pages or the product kernels of our own makes of the same requests."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import pytest
 
-from milpy import _C, LLM, RequestOutput, SamplingParams, demo
+from milpy import LLM, RequestOutput, SamplingParams, demo
 
 NEAR_TIE = 0.25  # of logits, as the goldens' bound
+DIFFERENT_SHARE = 0.005
 ANSWER = SamplingParams(temperature=0, max_tokens=96, logprobs=3)
-N_REQUESTS = 60
+N_FEW = 40  # requests of each voice where not all are asked
 
 
 def has_cuda() -> str:
@@ -22,18 +27,22 @@ def has_cuda() -> str:
         return str(problem)
 
 
-@pytest.fixture(scope="module")
-def cuda() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def cuda() -> Iterator[None]:
     reason = has_cuda()
     if reason:
         pytest.skip(reason)
+    yield
+    serve.cache_clear()
 
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
+pytestmark = pytest.mark.gpu
 
 
-def serve(device: str, **options: object) -> list[RequestOutput]:
-    texts = [request["text"] for request in demo.requests()][:N_REQUESTS]
+@functools.cache
+def serve(device: str, *, n_requests: int | None = None, **options: object) -> list[RequestOutput]:
+    """The first requests (None: all) in every voice, by turns, all in one call."""
+    texts = [request["text"] for request in demo.requests()][:n_requests]
     pairs = [(text, voice) for text in texts for voice in demo.VOICES]
     with LLM(demo.BASE, device=device, adapters=demo.ADAPTERS, progress=False, **options) as llm:
         return llm.generate(
@@ -56,42 +65,45 @@ def bits(outputs: list[RequestOutput]) -> list[list[tuple[int, float]]]:
     ]
 
 
-def test_tokens_are_the_cpus_but_for_near_ties() -> None:
-    ours, theirs = serve("cuda"), serve("cpu")
-    n_tokens = n_apart = 0
-    for got, want in zip(ours, theirs, strict=True):
-        a, b = list(got.outputs[0].token_ids), list(want.outputs[0].token_ids)
-        n_tokens += len(b)
-        if a == b:
+def margin(output: RequestOutput, at: int) -> float:
+    """Of the two best tokens there."""
+    best = sorted((v.logprob for v in output.outputs[0].logprobs[at].values()), reverse=True)
+    return best[0] - best[1]
+
+
+def check_tokens(ours: list[RequestOutput], theirs: list[RequestOutput]) -> None:
+    """The same, but for what follows a token of which `theirs` was in two minds."""
+    n_apart = 0
+    for i, (found, expected) in enumerate(zip(ids(ours), ids(theirs), strict=True)):
+        if found == expected:
             continue
         n_apart += 1
-        at = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-        best = sorted((v.logprob for v in want.outputs[0].logprobs[at].values()), reverse=True)
-        assert best[0] - best[1] < NEAR_TIE, f"token {at}: found {a[at]}, expected {b[at]}"
-    assert n_apart <= 0.005 * n_tokens
+        at = next(j for j, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
+        where = f"request {i}, token {at}: found {found[at]}, expected {expected[at]}"
+        assert margin(theirs[i], at) < NEAR_TIE, where
+    assert n_apart <= DIFFERENT_SHARE * sum(map(len, ids(theirs)))
 
 
-def test_graphs_and_ops_one_by_one_give_the_same_tokens() -> None:
-    replayed, eager = serve("cuda"), serve("cuda", enforce_eager=True)
-    assert ids(replayed) == ids(eager)
-    # Batches of one bucket pick one product kernel, batches by op another: close, not equal.
-    for a, b in zip(bits(replayed), bits(eager), strict=True):
-        assert all(abs(x - y) < 0.05 for (_, x), (_, y) in zip(a, b, strict=True))
+@pytest.mark.parametrize("voice", demo.VOICES)
+def test_tokens_are_the_cpus_but_for_near_ties(voice: str) -> None:
+    own = slice(demo.VOICES.index(voice), None, len(demo.VOICES))
+    theirs = serve("cpu")[own]
+    assert len(theirs) == len(demo.requests())
+    check_tokens(serve("cuda")[own], theirs)
 
 
 def test_batch_mates_change_no_bit_of_a_deterministic_engine() -> None:
     """Many at once, replayed from graphs, against one after the other."""
-    together = serve("cuda", deterministic=True)
-    alone = serve("cuda", deterministic=True, max_num_seqs=1)
+    together = serve("cuda", n_requests=N_FEW, deterministic=True)
+    alone = serve("cuda", n_requests=N_FEW, deterministic=True, max_num_seqs=1)
     assert bits(together) == bits(alone)
 
 
 def test_a_small_engine_preempts_and_gives_the_same() -> None:
     few = serve("cuda", max_num_seqs=7, kv_cache_bytes=2 << 20, max_num_batched_tokens=64)
-    assert ids(few) == ids(serve("cuda"))
+    check_tokens(few, serve("cuda"))
 
 
 def test_an_unknown_ordinal_is_refused_by_name() -> None:
     with pytest.raises(Exception, match="cuda:99"):
         LLM(demo.BASE, device="cuda:99", progress=False)
-    assert _C is not None

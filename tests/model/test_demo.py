@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.drivers import open_model
 
 from milpy import _C, LLM, RequestOutput, SamplingParams, demo
 from milpy.adapters import Adapter, read_adapter
-from milpy.checkpoint import open_checkpoint
 from milpy.config import read_model_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "demo.json"
@@ -45,7 +45,7 @@ pytestmark = needs_demo
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(demo.BASE, adapters=demo.ADAPTERS, progress=False) as llm:
+    with LLM(demo.BASE, device="cpu", adapters=demo.ADAPTERS, progress=False) as llm:
         yield llm
 
 
@@ -120,13 +120,9 @@ def test_goldens_are_of_the_stored_files(golden_file: dict[str, Any]) -> None:
 class Forced:
     """Feeds prompts and answers in, and gives the logits that precede each answer token."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.config = read_model_config(demo.BASE)
-        self.model = _C.Model(
-            self.config,
-            open_checkpoint(demo.BASE, self.config),
-            max_position=self.config.max_position_embeddings,
-        )
+        self.model = open_model(demo.BASE, device)
         self.stepper = _C.Stepper(
             self.model,
             n_pages=MAX_TOKENS // PAGE + 64,
@@ -160,8 +156,8 @@ class Forced:
 
 
 @pytest.fixture(scope="module")
-def forced() -> Forced:
-    return Forced()
+def forced(device: str) -> Forced:
+    return Forced(device)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.reference import Logits, Reference, error
 from helpers.tiny_llama import write_adapter, write_tiny_llama
-from numpy.typing import NDArray
 
 from milpy import _C
 from milpy.adapters import read_adapter
@@ -29,8 +29,6 @@ BOUND = 0.012
 N_PROMPT = 60
 N_PAST = 37  # the second chunk begins in the middle of a page
 PAGE = 16
-
-Logits = NDArray[np.float32]
 
 
 class Ours:
@@ -71,22 +69,9 @@ class Ours:
 
 
 def reference(folder: Path, tokens: list[int], adapter: Path | None = None) -> Logits:
-    import torch  # noqa: PLC0415
-    from peft import PeftModel  # noqa: PLC0415
-    from transformers import LlamaForCausalLM  # noqa: PLC0415
-
-    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    with torch.no_grad():
-        found: Logits = model.eval()(torch.tensor([tokens])).logits[0].numpy()
-    return found
-
-
-def error(ours: Logits, theirs: Logits) -> float:
-    """Root mean square of the difference over that of the (centred) reference."""
-    spread = theirs - theirs.mean(axis=1, keepdims=True)
-    return float(np.sqrt(np.square(ours - theirs).mean() / np.square(spread).mean()))
+    if adapter is None:
+        return Reference(folder).logits(tokens)
+    return Reference(folder, adapters={"adapter": adapter}).logits(tokens, "adapter")
 
 
 @pytest.fixture

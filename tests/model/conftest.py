@@ -1,0 +1,31 @@
+"""Tests of this room that take `device` run on a GPU, and smaller ones of them on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from milpy import _C
+from milpy.wheels import add_library_dirs
+
+
+@pytest.fixture(scope="session", params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name == "cuda":
+        add_library_dirs()
+        try:
+            _C.device_report(name)
+        except Exception as problem:
+            pytest.skip(str(problem))
+    return name
+
+
+@pytest.fixture(scope="session")
+def oracle_device(device: str) -> str:
+    """The same, where torch runs on it."""
+    torch = importlib.import_module("torch")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"needs torch with CUDA: found {torch.__version__}")
+    return device

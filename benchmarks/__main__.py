@@ -27,7 +27,7 @@ NEED_GPU = ("ops", "device")
 
 def usable_parts() -> list[str]:
     """All parts, without those that need a GPU where none can be used; says why."""
-    add_library_dirs()
+    add_library_dirs(_C.add_library_dir)
     try:
         _C.device_report("cuda")
     except errors.MilpyError as problem:

@@ -12,7 +12,6 @@ time over ours. "own" products are those of deterministic contexts. A row that f
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import select
@@ -20,9 +19,9 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from benchmarks.driver import build_for_cuda
+from milpy.wheels import library_dirs
 
 try:
     from benchmarks import peer_cuda
@@ -165,18 +164,11 @@ def peer_of(name: str, *numbers: int) -> Peer:
 # ---- ours ----
 
 
-def nvidia_folders() -> list[str]:
-    """Where this Python's nvidia-* wheels keep their libraries."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = [] if spec is None else list(spec.submodule_search_locations or [])
-    return sorted(str(path) for root in roots for path in Path(root).glob("*/lib"))
-
-
 class Driver:
     """bench_ops, started again after a row that ended it."""
 
     def __init__(self, with_peers: bool) -> None:
-        self._command = [str(build_for_cuda("bench_ops")), *nvidia_folders()]
+        self._command = [str(build_for_cuda("bench_ops")), *library_dirs()]
         self._environment = dict(os.environ)
         library = peer_cuda.cublaslt_path() if with_peers else None
         if library is not None:

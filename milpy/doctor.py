@@ -108,7 +108,7 @@ def _cuda() -> str:
         from milpy import _C, wheels  # noqa: PLC0415 - its absence was told before
     except ImportError:
         return "cannot run: no extension"
-    wheels.add_library_dirs()
+    wheels.add_library_dirs(_C.add_library_dir)
     try:
         report = _C.device_report("cuda")
     except MilpyError as problem:

@@ -116,7 +116,7 @@ class LoadedModel:
 def load(model: str | Path, options: EngineOptions) -> LoadedModel:
     """Read, check and load. On an error nothing is held."""
     if options.device != "cpu":
-        add_library_dirs()
+        add_library_dirs(_C.add_library_dir)
     folder = resolve_model(model, options.revision)
     config = read_model_config(folder)
     generation = read_generation_config(folder, vocab_size=config.vocab_size)

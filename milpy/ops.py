@@ -139,7 +139,7 @@ def _run(
     device: str | None,
     stream: Stream | None,
 ) -> None:
-    wheels.add_library_dirs()
+    wheels.add_library_dirs(_C.add_library_dir)
     where = _current_stream(arrays) if stream is None else _handle(stream)
     op(device, where, *map(_operand, arrays), *rest)
 

@@ -1,12 +1,14 @@
-"""Where the nvidia-* wheels of this Python keep their libraries (the [cuda13] extra)."""
+"""Where the nvidia-* wheels of this Python keep their libraries (the [cuda13] extra).
+
+Imports nothing of the C core: its tests and benchmarks tell other programs of them, too.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-
-from milpy import _C
 
 
 def library_dirs() -> list[str]:
@@ -18,7 +20,7 @@ def library_dirs() -> list[str]:
 
 
 @functools.cache
-def add_library_dirs() -> None:
-    """Tell the C core of them. Before a model is made on a GPU."""
+def add_library_dirs(add: Callable[[str], None]) -> None:
+    """Tell them to `add`, _C.add_library_dir say, once. Before a model is made on a GPU."""
     for directory in library_dirs():
-        _C.add_library_dir(directory)
+        add(directory)

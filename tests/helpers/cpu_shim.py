@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes as ct
 import functools
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from milpy.wheels import add_library_dirs
 
 LIBRARY = Path(os.environ.get("MILPY_SHIM", Path(__file__).parents[2] / "build/tests/libshim.so"))
 MAX_LOGPROBS = 20
@@ -160,16 +161,8 @@ def library() -> ct.CDLL:
     lib.shim_message.restype = ct.c_char_p
     lib.shim_isas.restype = ct.c_char_p
     lib.shim_cuda_paths.restype = ct.c_char_p
-    for directory in wheel_dirs():
-        lib.shim_add_library_dir(str(directory).encode())
+    add_library_dirs(lambda directory: lib.shim_add_library_dir(directory.encode()))
     return lib
-
-
-def wheel_dirs() -> list[Path]:
-    """Where the nvidia-* wheels of this Python keep their libraries."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = [] if spec is None else list(spec.submodule_search_locations or [])
-    return sorted(path for root in roots for path in Path(root).glob("*/lib") if path.is_dir())
 
 
 def isas() -> list[str]:

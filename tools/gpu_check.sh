@@ -1,9 +1,9 @@
 #!/bin/sh
-# Builds the CUDA backend's shim where it runs and tests the ops on it: no .venv, no pip, no network.
+# Builds the extension and the ops' shim where they run and tests the ops: no .venv, no pip, no network.
 # Needs nvcc, g++, make and a python3 with NumPy, ml_dtypes and pytest. Prints a table last.
 #
 #   tools/gpu_check.sh [-s] [-p] [pytest arguments, "tests/kernels" by default]
-#     -s   once more under compute-sanitizer (memcheck, racecheck, initcheck, synccheck)
+#     -s   the small ones once more under compute-sanitizer: tools/sanitize.sh
 #     -p   once more from PTX: CUDA_FORCE_PTX_JIT=1, the portable path
 #
 # PYTHON, JOBS, GENCODE and the other variables of make are passed on: GENCODE=
@@ -42,17 +42,12 @@ tests() {
 
 nvidia-smi --query-gpu=name,driver_version,memory.free --format=csv,noheader
 "$PYTHON" -c 'import sys, numpy, ml_dtypes; print("python", sys.version.split()[0], "numpy", numpy.__version__)'
-step build make MILPY_CUDA=1 PYTHON="$PYTHON" build/tests/libshim.so
+step build make MILPY_CUDA=1 PYTHON="$PYTHON" ext build/tests/libshim.so
 if [ $failed = 0 ]; then
     step tests tests "$@"
     [ $ptx = 1 ] && step "tests, from PTX" env CUDA_FORCE_PTX_JIT=1 MILPY_CUDA_PATH=portable \
         "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu "$@"
-    if [ $sanitize = 1 ]; then
-        for tool in memcheck racecheck initcheck synccheck; do
-            step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-                "$PYTHON" -m pytest -q -p no:cacheprovider -m "gpu and not slow" "$@"
-        done
-    fi
+    [ $sanitize = 1 ] && step sanitizers sh tools/sanitize.sh
 fi
 echo
 cat "$table"

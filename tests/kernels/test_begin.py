@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.cpu_shim import Array, Batch, LoraModule, Sampling, Shim
+from helpers.marks import small
 
 pytestmark = pytest.mark.gpu
 N_SLOTS = 300
@@ -58,7 +59,7 @@ def values(items: list[LoraModule]) -> list[tuple[object, ...]]:
         ([7], 0, 0, 0),
         ([1] * 256, 256, 256, 256),
         ([1] * 200, 200, 256, 257),
-        ([1, 1, 3, 0, 2], 2, 16, 100),
+        small([1, 1, 3, 0, 2], 2, 16, 100),
         ([1] * 30 + [769, 0, 1536, 3], 30, 64, 8192),
     ],
 )
@@ -75,7 +76,7 @@ def test_tokens_of_slots_and_of_the_plan(
     assert (begun.adapter_slot == -7).all()
 
 
-@pytest.mark.parametrize("n", [1, 95, 96, 97, 250])
+@pytest.mark.parametrize("n", [1, 95, 96, small(97), 250])
 def test_slot_sets_come_before_tokens_are_gathered(path: str, n: int) -> None:
     batch = batch_of([1] * 100 + [5], 100)
     rng = np.random.default_rng(n)
@@ -95,7 +96,7 @@ def test_slot_sets_come_before_tokens_are_gathered(path: str, n: int) -> None:
         assert bytes(begun.sampling[slot]) == bytes(sampling(i))
 
 
-@pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
+@pytest.mark.parametrize("n", [1, 255, 256, small(257), 5000])
 def test_page_sets_write_their_entries_only(path: str, n: int) -> None:
     batch = batch_of([1], 1)
     rng = np.random.default_rng(n)
@@ -109,6 +110,7 @@ def test_page_sets_write_their_entries_only(path: str, n: int) -> None:
     assert np.array_equal(begun.page_table.reshape(-1), want)
 
 
+@pytest.mark.sanitize
 def test_of_two_commands_the_later_one_holds(path: str) -> None:
     batch = batch_of([1] * 8, 8)
     rng = np.random.default_rng(1)
@@ -136,7 +138,7 @@ def test_of_two_commands_the_later_one_holds(path: str) -> None:
     assert values(begun.modules) == values(wanted)
 
 
-@pytest.mark.parametrize("n_layers", [1, 3, 32])
+@pytest.mark.parametrize("n_layers", [1, small(3), 32])
 def test_adapter_slots_take_their_contents_descriptors(path: str, n_layers: int) -> None:
     batch, width = batch_of([1], 1), 7 * n_layers
     before, contents = modules(5 * width), modules(2 * width, 10000)

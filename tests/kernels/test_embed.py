@@ -6,11 +6,21 @@ import numpy as np
 import pytest
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Shim, bf16, from_bf16
+from helpers.marks import small
 
 pytestmark = pytest.mark.gpu
 
 # K that no vector divides; one vector; a block's first round, its edge, several rounds.
-SHAPES = [(1, 1), (31, 7), (64, 64), (77, 130), (9, 4), (50, 4096), (33, 4100), (20, 16384)]
+SHAPES = [
+    (1, 1),
+    small(31, 7),
+    small(64, 64),
+    (77, 130),
+    (9, 4),
+    (50, 4096),
+    (33, 4100),
+    (20, 16384),
+]
 
 
 def weight_of(N: int, K: int) -> Array:

@@ -85,6 +85,18 @@ def test_bias_is_added_before_the_rounding(path: str, deterministic: bool, N: in
             assert_product(weight.linear(x[:M], is_logits=True), x[:M], w, bias, 0.0)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize(("N", "K"), [(129, 72), (70, 1032), (130, 33)])
+def test_each_kernel_of_our_own(path: str, N: int, K: int) -> None:
+    """Few rows by three sizes of tile, in one split and in two; many rows, aligned and not."""
+    bias = np.random.default_rng(N).standard_normal(N).astype(np.float32)
+    x, w = inputs(200, N, K)
+    with Shim(path, deterministic=True) as shim:
+        weight = Weight(shim, [w], bias=bias)
+        for M in (5, 20, 50, 200):
+            assert_product(weight.linear(x[:M]), x[:M], w, bias, EPS_BF16)
+
+
 def test_bfloat16_bias_loses_nothing(path: str) -> None:
     bias = from_bf16(bf16(np.random.default_rng(1).standard_normal(256) * 20)).astype(np.float32)
     x, w = np.zeros((5, 64), np.uint16), inputs(1, 256, 64)[1]

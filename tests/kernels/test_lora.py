@@ -12,6 +12,7 @@ from helpers.linear_shim import (
     lora_shrink,
     random_adapter,
 )
+from helpers.marks import small
 
 pytestmark = [pytest.mark.gpu, pytest.mark.punica_test]
 
@@ -20,7 +21,9 @@ V_PART = 512
 RANKS = [[8, 16, 1], [24, 3, 16], [0, 0, 64]]
 ROWS_OF = [[4], [5, 6, 7, 8, 9, 10], [0, 2, 3, 12, 14, 13]]
 T = 16
-SHAPES = [([48, 24, 8], 0, 520), ([48, 48], 8, 4096), ([33], 0, 530), ([4096], 0, 14336)]
+SHAPES = [
+    small([48, 24, 8], 0, 520), ([48, 48], 8, 4096), small([33], 0, 530), ([4096], 0, 14336),
+]  # fmt: skip
 
 
 def make(
@@ -99,7 +102,7 @@ def test_both_together_add_each_rows_adapter(
         assert np.array_equal(y[row], base[row])
 
 
-@pytest.mark.parametrize("n_rows", [1, 15, 17, 64, 600])
+@pytest.mark.parametrize("n_rows", [1, 15, 17, 64, small(600)])
 def test_a_row_keeps_its_bits_in_any_batch(path: str, n_rows: int) -> None:
     """600 rows take the kernel for many rows, one row the one for few."""
     with Shim(path, max_tokens=n_rows) as shim:

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Shim, bf16, from_bf16
+from helpers.marks import small
 
 pytestmark = pytest.mark.gpu
 
 # H that no vector divides; one vector; one warp and its edges; where threads take four vectors, not
 # all of them whole; the longest row in registers and the first that is not.
 SHAPES = [
-    (1, 1), (3, 17), (64, 333), (2, 4), (7, 100), (5, 128), (5, 132), (3, 1024), (3, 1028),
-    (300, 4096), (2, 5120), (3, 8200), (2, 16384), (2, 16388), (1, 20001),
+    (1, 1), small(3, 17), (64, 333), (2, 4), small(7, 100), (5, 128), (5, 132), (3, 1024),
+    small(3, 1028),    (300, 4096), (2, 5120), (3, 8200), (2, 16384), (2, 16388), (1, 20001),
 ]  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def test_rows_pick_and_leave_the_others_alone(path: str, H: int) -> None:
 
 
 @pytest.mark.parametrize("H", [33, 4096])
-@pytest.mark.parametrize("rows", [[0, 2, 5], [3], [1, 5]])
+@pytest.mark.parametrize("rows", [small([0, 2, 5]), [3], [1, 5]])
 def test_padding_rows_add_no_residual_again(path: str, H: int, rows: list[int]) -> None:
     """A bucket's rows past the count are 0 in the plan; row 0 may be wanted as well."""
     x, residual, weight = case(6, H)

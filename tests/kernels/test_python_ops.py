@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.cuda_arrays import DeviceArray, capture, make_stream, synchronize
 from helpers.dlpack import READ_ONLY, OldProducer, exchange_api
+from helpers.marks import small
 from helpers.op_cases import (
     NAMES,
     Array,
@@ -39,7 +40,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-@pytest.fixture(params=[Driver, Torch, Cupy])
+@pytest.fixture(params=[small(Driver), Torch, Cupy])
 def library(request: pytest.FixtureRequest) -> Any:
     return request.param()
 

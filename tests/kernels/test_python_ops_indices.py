@@ -140,6 +140,7 @@ def test_a_hostile_index_reaches_no_other_row(
             assert np.array_equal(got[key][kept], array[kept]), (key, value)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("P", [16, 64])
 @pytest.mark.parametrize("op", sorted({spot[0] for spot in SPOTS}))
 def test_nothing_but_hostile_indices_is_no_fault(op: str, P: int) -> None:
@@ -155,6 +156,7 @@ def test_nothing_but_hostile_indices_is_no_fault(op: str, P: int) -> None:
 # ---- what a bad index stands for ----
 
 
+@pytest.mark.sanitize
 def test_rows_and_adapters_that_are_not_there_change_nothing() -> None:
     arrays, _, _ = case("lora", 16)
     y = arrays["y"]
@@ -165,6 +167,7 @@ def test_rows_and_adapters_that_are_not_there_change_nothing() -> None:
     assert not run("lora_shrink", {("rows", 3): T})["out"][3].any()
 
 
+@pytest.mark.sanitize
 def test_many_starts_ascend_whatever_they_hold() -> None:
     """More segments than one round of the block that puts them right."""
     rng = np.random.default_rng(SEED)

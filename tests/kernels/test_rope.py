@@ -9,6 +9,7 @@ import pytest
 from cpu.test_rope import MAX_POSITION, rotated, tables
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, from_bf16
+from helpers.marks import small
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +20,7 @@ N_PAGES = 64
 SHAPES = [
     (2, 2, 32, 16, 32, False),
     (4, 1, 40, 32, 40, False),
-    (7, 1, 64, 64, 64, False),
+    small(7, 1, 64, 64, 64, False),
     (8, 8, 80, 16, 80, False),
     (8, 2, 96, 64, 96, False),
     (32, 8, 128, 64, 128, False),
@@ -28,11 +29,11 @@ SHAPES = [
     (40, 8, 256, 64, 256, False),
     (8, 2, 128, 256, 64, False),
     (4, 2, 72, 16, 16, False),
-    (4, 2, 72, 16, 24, False),
+    small(4, 2, 72, 16, 24, False),
     (4, 2, 64, 16, 0, False),
     (2, 1, 256, 128, 256, True),
     (32, 8, 128, 64, 128, True),
-    (4, 2, 72, 16, 24, True),
+    small(4, 2, 72, 16, 24, True),
     (4, 2, 72, 16, 20, True),
     (3, 1, 40, 16, 40, True),
 ]
@@ -100,6 +101,7 @@ def test_bits_do_not_depend_on_the_batch(path: str, pairs: bool) -> None:
     assert np.array_equal(read_back(kv.k, alone), read_back(alone_kv.k, alone))
 
 
+@pytest.mark.sanitize
 def test_many_sequences_are_told_apart(path: str) -> None:
     """Chunks of every small length, empty ones among them: the search for a token's sequence."""
     rng = np.random.default_rng(8)

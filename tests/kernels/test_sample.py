@@ -18,11 +18,12 @@ from cpu.test_sample import (
     options,
 )
 from helpers.cpu_shim import Array, Sample, Sampling, Shim, isas
+from helpers.marks import small
 
 pytestmark = pytest.mark.gpu
 
 # One id, parts of a group of 64, edges of the list (2,048) and of segments (4,096); real models.
-VOCABS = [1, 2, 17, 64, 65, 1000, 2048, 2049, 4096, 5003, 32000, 128256, 151936]
+VOCABS = [1, 2, 17, 64, small(65), 1000, 2048, 2049, 4096, small(5003), 32000, 128256, 151936]
 LARGEST = 262144
 # Top-k and top-p where the list of the best serves, where it is too short, and its edges.
 CHOICES = [
@@ -136,7 +137,7 @@ def test_denormals_are_zeros(path: str) -> None:
 
 
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("ld", [0, 5003, 5011, 5056])
+@pytest.mark.parametrize("ld", [0, small(5003), 5011, 5056])
 def test_a_launch_may_be_larger_than_its_rows(path: str, captured: bool, ld: int) -> None:
     """Rows of a bucket past the batch's write nothing; first_row counts in the batch; rows of any
     alignment."""
@@ -279,7 +280,7 @@ def test_top_p_keeps_the_smallest_set_and_at_least_one(path: str) -> None:
 # ---- bad numbers ----
 
 
-@pytest.mark.parametrize("vocab", [300, 128256])
+@pytest.mark.parametrize("vocab", [small(300), 128256])
 def test_a_bad_row_is_marked_and_harms_no_other(path: str, vocab: int) -> None:
     """NaN first, in the middle and last, infinity, nothing finite."""
     logits = logits_of(12, vocab)

@@ -1,0 +1,38 @@
+#!/bin/sh
+# compute-sanitizer over the tests marked `sanitize`: every kernel of the ops at its smallest, under
+# memcheck, racecheck, initcheck and synccheck. A process for each tool and file, JOBS (as many as
+# cores) at a time, which share the GPU. Needs what tools/gpu_check.sh builds. Prints a table.
+#
+#   tools/sanitize.sh [test files, by default those of tests/kernels that hold such a test]
+#   TOOLS=racecheck tools/sanitize.sh tests/kernels/test_attention_small.py
+cd "$(dirname "$0")/.." || exit 1
+export PYTHON="${PYTHON:-python3}"
+
+# --one LOGS TOOL FILE: one process, its output to a file, a line of the table.
+if [ "$1" = --one ]; then
+    log=$2/$3-$(basename "$4" .py)
+    began=$(date +%s)
+    # Both paths launch the same kernels here: the shapes see to it.
+    compute-sanitizer --tool "$3" --error-exitcode 9 --target-processes all \
+        "$PYTHON" -m pytest -q -p no:cacheprovider -m sanitize -k "not cuda-portable" "$4" \
+        >"$log" 2>&1 && word=ok || word="FAILED ($?)"
+    says=$(grep -E 'SUMMARY|passed|failed|skipped|deselected' "$log" | tr -d '=' | tr -s ' ' | tr '\n' ';')
+    printf '%-10s %-24s %-11s %4ss %s\n' "$3" "$(basename "$4" .py)" "$word" $(($(date +%s) - began)) "$says"
+    [ "$word" = ok ] && exit
+    mv "$log" "$log.failed"
+    exit 1
+fi
+
+[ $# -gt 0 ] || set -- $(grep -lE 'mark\.sanitize|small\(' tests/kernels/test_*.py)
+logs=$(mktemp -d)
+for tool in ${TOOLS:-racecheck initcheck memcheck synccheck}; do # the slowest first
+    for file in "$@"; do
+        echo "$tool $file"
+    done
+done | xargs -P "${JOBS:-$(nproc)}" -L 1 sh tools/sanitize.sh --one "$logs"
+failed=$?
+for log in "$logs"/*.failed; do
+    [ -e "$log" ] && echo "== $(basename "$log")" && head -n 60 "$log"
+done
+rm -rf "$logs"
+exit $failed

@@ -11,16 +11,26 @@ or as `ml_dtypes.bfloat16`. What one product hands to the next op (`residual`, `
 
 `out=None` allocates for NumPy arrays; other arrays need `out`. Each op returns what it wrote.
 
-Streams: device work is queued on `stream` (a handle, or a stream object of PyTorch or CuPy), by
-default on the producer's current stream where its type tells it (PyTorch, CuPy), else on the legacy
-default stream. Nothing waits: order other streams yourself, and keep the arrays alive as you would
-for a kernel of your own. Each (device, stream) has a workspace, kept for good and locked while an
-op is queued, so threads may share it. After one call of the same shapes on the stream an op
-allocates and waits for nothing and may be captured in a CUDA graph; graphs captured on one stream
+Streams: device work is queued on `stream` (a handle, or a stream object of PyTorch, CuPy or
+cuda.core), by default on the producer's current stream where its type tells it (DLPack's exchange
+API; PyTorch and CuPy of any age), else on the legacy default stream. Nothing waits: order other
+streams yourself, and keep the arrays alive as you would for a kernel of your own. The current
+device is left as it was. Each (device, stream) has a workspace, kept for good and locked while an
+op is queued, so threads may share it.
+
+Graphs: an op may be captured, and be called while another thread captures. It allocates in the
+first call of its shapes on a stream only, and never in the graph. Graphs captured on one stream
 share its workspace, so do not run them at the same time.
 
-Errors: `RequestError` (a ValueError) says what was found and what was expected. Indices in host
-arrays are checked; those on a GPU are not, and a bad one gives an unspecified result.
+Errors: `RequestError` (a ValueError) says what was found and what was expected: a dtype, a shape,
+arrays that are read-only where they are written, not contiguous, badly aligned or of two devices.
+`EngineError` and `OutOfMemoryError` tell what a device lacks. Indices in host arrays are checked.
+Those on a GPU are not, since that would wait: a bad one reaches nothing outside the arrays and no
+other row, as each op says.
+
+Letters: T tokens, S sequences, H hidden size, F ffn width, V vocabulary, N query heads, K kv heads,
+D head size, P rows of a page, E adapters, R LoRA rank, G segments; in `linear` and `lora` N and K
+are a weight's rows and columns, M the rows of x.
 """
 
 from __future__ import annotations
@@ -105,7 +115,7 @@ def _stream_of(x: Array, device: tuple[int, int]) -> int | None:
     if api is not None:
         return _C.dlpack_stream(api, *device)
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and isinstance(x, torch.Tensor):  # before 2.10
+    if torch is not None and isinstance(x, torch.Tensor):  # one that has no such table
         return int(torch.cuda.current_stream(x.device).cuda_stream)
     if cupy is not None and isinstance(x, cupy.ndarray):
         with x.device:
@@ -181,9 +191,10 @@ def rms_norm(
 ) -> Array:
     """out = x / sqrt(mean(x^2) + eps) * weight, rounded to bfloat16 once.
 
-    x [T, H] float32; weight [H] float32; residual [T, H] bfloat16 (float32 too on the CPU); out
-    [T, H] bfloat16. With a residual, x += residual comes first and is written to x. RMSNorm: Zhang
-    and Sennrich 2019, in float32 as Hugging Face's LlamaRMSNorm.
+    x [T, H] float32, H at least 1; weight [H] float32; residual [T, H] bfloat16 (float32 too on the
+    CPU); eps, added to the mean of squares; out [T, H] bfloat16. With a residual, x += residual
+    comes first and is written to x, which must be writable then. RMSNorm: Zhang and Sennrich 2019,
+    in float32 as Hugging Face's LlamaRMSNorm. Device, stream, errors: see this module.
     """
     if out is None:
         out = _empty("rms_norm", x, _sizes("rms_norm", "x", x, 2), np.uint16)
@@ -203,7 +214,8 @@ def silu_and_mul(
 
     gate_up [T, 2 F] bfloat16 (float32 too on the CPU); out [T, F] bfloat16. interleave 0: a row is
     gate's F columns, then up's; g: g columns of gate and g of up by turns (g divides F; 8 is
-    quickest on a GPU, 16 on the CPU). SwiGLU: Shazeer 2020.
+    quickest on a GPU, 16 on the CPU); other g, and rows of an odd length, are refused. SwiGLU:
+    Shazeer 2020. Device, stream, errors: see this module.
     """
     if out is None:
         T, width = _sizes("silu_and_mul", "gate_up", gate_up, 2)
@@ -227,7 +239,8 @@ def linear(
     x [M, K] bfloat16; weight [N, K] bfloat16; bias [N] float32; out [M, N] float32 or bfloat16
     (float32 where it is allocated). On a GPU, `deterministic` keeps a row's bits from depending on
     the other rows, and K is quickest as a multiple of 8; on the CPU they never depend on them, and
-    the weight is packed anew in each call.
+    the weight is packed anew in each call. The formula of torch.nn.Linear; docs/numerics.md has the
+    order of its sums. Device, stream, errors: see this module.
     """
     if out is None:
         shape = _sizes("linear", "x", x, 2)[0], _sizes("linear", "weight", weight, 2)[0]
@@ -246,7 +259,8 @@ def embedding(
 ) -> Array:
     """out[t] = weight[tokens[t]] as float32; zeros for a token outside 0 .. V - 1.
 
-    tokens [T] int32; weight [V, H] bfloat16; out [T, H] float32.
+    tokens [T] int32; weight [V, H] bfloat16; out [T, H] float32. A row of torch.nn.Embedding,
+    widened. Device, stream, errors: see this module.
     """
     if out is None:
         shape = (
@@ -281,7 +295,8 @@ def sampling_params(
 ) -> NDArray[np.int32]:
     """The parameters of n rows as `sample` reads them: [n, 6] int32, one value or one for each row.
 
-    temperature 0: greedy; top_k 0 and top_p 1: off. For a GPU, copy the result there.
+    temperature 0: greedy; top_k 0 and top_p 1: off; seed, any 64 bits. For a GPU, copy the result
+    there. They are checked by `sample`, where it can see them.
     """
     params = np.zeros(n, _SAMPLING)
     for name, value in [("temperature", temperature), ("top_k", top_k), ("top_p", top_p)]:
@@ -305,7 +320,10 @@ def sample(
     logits [n, V] float32, kept; params [n, 6] int32, from `sampling_params`; positions [n] int32,
     the counter of each row's draw (the index of the token to choose, say), zeros where NumPy's are
     left out; out [n] int32, -1 for a row with a NaN or without a finite maximum. Greedy and ties:
-    the lowest id. A draw is a pure function of (seed, position) and of the logits.
+    the lowest id. A draw is a pure function of (seed, position) and of the logits. Params of a host
+    array must have temperature >= 0, top_k >= 0 and 0 < top_p <= 1; on a GPU others choose some
+    token. V is at most 524,288 on a GPU. Top-k: Fan et al. 2018; top-p: Holtzman et al. 2020;
+    docs/numerics.md has the definition. Device, stream, errors: see this module.
     """
     n = _sizes("sample", "logits", logits, 2)[0]
     if positions is None:
@@ -348,7 +366,8 @@ def rope(
     x [T, N, D] bfloat16 (float32 too on the CPU), D at most 256; positions [T] int32; cos, sin
     [n_positions, rotary_dim / 2] float32, rotary_dim <= D (columns from there on are copied); out
     [T, N, D] bfloat16. Pairs are (d, d + rotary_dim / 2) as Hugging Face lays them out, or (2 i,
-    2 i + 1) where interleaved. RoPE: Su et al. 2021.
+    2 i + 1) where interleaved. A position outside the tables is refused; on a GPU it counts as 0.
+    RoPE: Su et al. 2021. Device, stream, errors: see this module.
     """
     if out is None:
         out = _empty("rope", x, _sizes("rope", "x", x, 3), _bfloat16_like(x))
@@ -375,11 +394,16 @@ def rope_and_cache(
 ) -> Array:
     """out = `rope` of q; `rope` of k and v itself go to the rows of their pages, rounded once.
 
-    qkv [T, (N + 2 K) D] bfloat16 (float32 too on the CPU), q then k then v; positions, cos, sin as
-    in `rope`; k_cache, v_cache [n_pages, K, P, D] bfloat16, written, P a power of two from 16 to
-    256, D a multiple of 8 up to 256; page_table [S, max_pages] int32; query_indptr [S + 1] int32,
-    the sequences' first rows of T, from 0 to T; kv_lengths [S] int32, these tokens included: token
-    i of a sequence's n goes to row kv_length - n + i of its pages; out [T, N, D] bfloat16.
+    qkv [T, (N + 2 K) D] bfloat16 (float32 too on the CPU), q then k then v; positions, cos, sin and
+    interleaved as in `rope`; k_cache, v_cache [n_pages, K, P, D] bfloat16, written, P a power of
+    two from 16 to 256, D a multiple of 8 up to 256; page_table [S, max_pages] int32; query_indptr
+    [S + 1] int32, the sequences' first rows of T, from 0 to T; kv_lengths [S] int32, these tokens
+    included: token i of a sequence's n goes to row kv_length - n + i of its pages; out [T, N, D]
+    bfloat16.
+
+    On a GPU a token whose page or length is bad is not written to the cache, and a start outside
+    0 .. T is that of the sequence before. Pages as in PagedAttention (Kwon et al. 2023). Device,
+    stream, errors: see this module.
     """
     if out is None:
         T, width = _sizes("rope_and_cache", "qkv", qkv, 2)
@@ -412,10 +436,12 @@ def attention(
 ) -> Array:
     """Causal attention of each sequence's queries over its pages: softmax(scale q k^T) v.
 
-    q [T, N, D] bfloat16, N a multiple of K; the cache's arrays as in `rope_and_cache`; out
-    [T, N, D] bfloat16. Query i of a sequence's n sees keys below kv_length - n + i + 1, of those
-    the last `window` (0: all). scale: 1 / sqrt(D) if None. softcap c > 0: scores become
-    c tanh(score / c). Online softmax in float32 (Dao 2023, FlashAttention-2), grouped heads.
+    q [T, N, D] bfloat16, N a multiple of K; k_cache, v_cache, page_table, query_indptr and
+    kv_lengths as in `rope_and_cache`; out [T, N, D] bfloat16. Query i of a sequence's n sees keys
+    below kv_length - n + i + 1, of those the last `window` (0: all). scale: 1 / sqrt(D) if None.
+    softcap c > 0: scores become c tanh(score / c). Online softmax in float32 (Dao 2023,
+    FlashAttention-2), grouped heads. On a GPU a bad page or length gives the rows of its sequence
+    some value, a bad start those of two. Device, stream, errors: see this module.
     """
     if out is None:
         out = _empty("attention", q, _sizes("attention", "q", q, 3), _bfloat16_like(q))
@@ -456,8 +482,9 @@ def lora(
     y [T, N] bfloat16 (float32 too on the CPU), written; x [T, K] bfloat16; a [E, R, K] and b
     [E, N, R] bfloat16, E adapters of one rank R <= 512 (a multiple of 8 on a GPU; pad with zeros);
     rows [n] int32, distinct rows of T, n <= T; segment_indptr [G + 1] int32, from 0 to n, cuts rows
-    into segments; segment_adapter [G] int32, the adapter of each; scale: one, or [E] float32.
-    Hu et al. 2021; segments as in Punica's SGMV (Chen et al. 2023).
+    into segments; segment_adapter [G] int32, the adapter of each; scale: one, or [E] float32. On a
+    GPU a row or an adapter that is not there changes nothing. Hu et al. 2021; segments as in
+    Punica's SGMV (Chen et al. 2023). Device, stream, errors: see this module.
     """
     segments = [segment_indptr, segment_adapter, rows]
     _run_lora(y, x, a, None, b, segments, scale, device, stream)
@@ -476,7 +503,12 @@ def lora_shrink(
     device: str | None = None,
     stream: Stream | None = None,
 ) -> Array:
-    """out[i] = scale x[rows[i]] A^T, A of the row's segment; out [n, R] float32; else as `lora`."""
+    """out[i] = scale x[rows[i]] A^T, A of the row's segment, in float32: the first half of `lora`.
+
+    x [T, K] bfloat16; a [E, R, K] bfloat16; out [n, R] float32; segment_indptr, segment_adapter,
+    rows and scale as in `lora`. On a GPU a row or an adapter that is not there gives zeros. Hu et
+    al. 2021. Device, stream, errors: see this module.
+    """
     if out is None:
         n, R = _sizes("lora_shrink", "rows", rows, 1)[0], _sizes("lora_shrink", "a", a, 3)[1]
         out = _empty("lora_shrink", x, (n, R), np.float32)
@@ -496,7 +528,13 @@ def lora_expand(
     device: str | None = None,
     stream: Stream | None = None,
 ) -> Array:
-    """y[rows[i]] += v[i] B^T, B of the row's segment. v [n, R] float32; others as `lora`."""
+    """y[rows[i]] += v[i] B^T, B of the row's segment, rounded once: the second half of `lora`.
+
+    y [T, N] bfloat16 (float32 too on the CPU), written; v [n, R] float32, scaled already; b
+    [E, N, R] bfloat16; segment_indptr, segment_adapter and rows as in `lora`. On a GPU a row or an
+    adapter that is not there changes nothing. Hu et al. 2021. Device, stream, errors: see this
+    module.
+    """
     segments = [segment_indptr, segment_adapter, rows]
     _run_lora(y, None, None, v, b, segments, 1.0, device, stream)
     return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -469,6 +471,21 @@ def test_what_lora_refuses(changed: dict[str, Any], message: str) -> None:
     ops.lora(**arrays)
     with pytest.raises(RequestError, match=message):
         ops.lora(**{**arrays, **changed})
+
+
+# ---- docstrings ----
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_a_docstring_tells_every_argument(name: str) -> None:
+    """Those of all ops are the module's to tell; a formula has a source."""
+    function = getattr(ops, name)
+    parameters = set(inspect.signature(function).parameters)
+    told = set(re.findall(r"\w+", function.__doc__))
+    assert parameters - {"device", "stream"} <= told
+    if "stream" in parameters:
+        assert "stream, errors: see this module" in " ".join(function.__doc__.split())
+        assert re.search(r"\d{4}|torch\.nn", function.__doc__), "no source"
 
 
 # ---- threads ----

@@ -119,7 +119,7 @@ class Request:
 def serve(
     model: _C.Model, requests: Sequence[Request], *, n_logprobs: int = 5, **options: Any
 ) -> tuple[list[list[Sample]], dict[str, int]]:
-    """Each request's samples, and the engine's counters at the end.
+    """Each request's samples, and what the engine counted.
 
     All are queued before the loop begins, so that who shares a step with whom follows from the
     requests and options alone. Freed pages are NaN.
@@ -138,7 +138,15 @@ def serve(
             seed=request.seed,
         )
         answers[id] = []
-    loop = threading.Thread(target=engine.run)
+    problems: list[Exception] = []
+
+    def run() -> None:
+        try:
+            engine.run()
+        except Exception as problem:
+            problems.append(problem)
+
+    loop = threading.Thread(target=run)
     loop.start()
     try:
         n_open = len(requests)
@@ -147,10 +155,13 @@ def serve(
                 if sample is not None:
                     answers[id].append(sample)
                 n_open -= finish != _C.FINISH_NONE
-                assert finish in (_C.FINISH_NONE, _C.FINISH_LENGTH), f"found finish {finish}"
-        stats: dict[str, int] = dict(engine.stats())  # type: ignore[arg-type]
+                assert finish in (_C.FINISH_NONE, _C.FINISH_LENGTH, _C.FINISH_ERROR), finish
+        stats = engine.stats()
     finally:
         engine.stop()
         loop.join()
         engine.free()
-    return list(answers.values()), stats
+    if problems:
+        raise problems.pop()
+    counts = ("n_steps", "n_preemptions", "n_prompt_tokens", "n_generated_tokens")
+    return list(answers.values()), {name: stats[name] for name in counts}

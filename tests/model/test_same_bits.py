@@ -7,6 +7,7 @@ the CPU all of it holds by definition, on a GPU the last three under determinist
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +184,8 @@ def test_chunks_of_a_prompt_have_the_bits_of_the_whole(rig: Rig) -> None:
 
 def test_preemption_changes_no_bit_of_short_texts(rig: Rig, device: str) -> None:
     """Up to 512 keys, within which a decode row is computed as a row of a chunk is."""
-    if device == "cuda" and rig.has_wgmma:
+    is_portable = os.environ.get("MILPY_CUDA_PATH") == "portable"
+    if device == "cuda" and rig.has_wgmma and not is_portable:
         pytest.skip("chunks of this head size have other bits than decode rows on Hopper")
     rng = np.random.default_rng(3)
     n_new = rig.size.most_new

@@ -120,11 +120,20 @@ OBJ_EXT  := $(patsubst %.c,$(BUILD)/py$(EXT_SUFFIX)/%.o,$(SRC_EXT))
 TESTS    := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c))
 # What pytest reaches the backend's ops through, by ctypes. One path whatever BUILD is.
 SHIM     := build/tests/libshim.so
+# The extension with late hosts and devices (csrc/ops/chaos.h), and with one of two faults. What asks
+# for chaos is compiled again and stands before the objects and the library that it replaces.
+CHAOS     := build/chaos
+SRC_CHAOS := $(shell grep -l 'include "ops/chaos.h"' csrc/*/*.c)
+SRC_CHAOS := $(if $(CUDA),$(SRC_CHAOS),$(filter-out csrc/kernels/%,$(SRC_CHAOS))) \
+	tests/chaos/chaos.c tests/chaos/late_cpu.c $(if $(CUDA),tests/chaos/delay.cu)
+OBJ_CHAOS := $(SRC_CHAOS:%=$(CHAOS)/%.o)
+OBJ_CALM  := $(filter-out $(SRC_CHAOS:%=$(CUDA_BUILD)/%.o),$(OBJ_CUDA))
+CHAOS_EXT := $(foreach kind,late ring fence,$(CHAOS)/$(kind)/_C$(EXT_SUFFIX))
 FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib ext cuda cuda-objects codebase install-server install demo test test-c test-ref \
+.PHONY: all lib ext chaos cuda cuda-objects codebase install-server install demo test test-c test-ref \
 	test-gpu test-gpu-here asan tsan fuzz format lint tidy check bench clean help prerequisites FORCE
 
 all: ext           ## the extension, in place (the same as ext)
@@ -132,6 +141,8 @@ all: ext           ## the extension, in place (the same as ext)
 lib: $(LIB)        ## the C core and the CPU kernels, as a static library
 
 ext: $(if $(SRC_EXT),$(EXT))        ## milpy/_C*.so for PYTHON, linked with the core; after an edit this is enough
+
+chaos: $(CHAOS_EXT)                ## the extension of the order tests: late at random, and broken twice
 
 codebase: lib $(OBJ_CUDA)          ## C core and kernels
 
@@ -160,6 +171,42 @@ $(OBJ): $(BUILD)/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	@echo "  cc   $@"
 	$(Q)$(CC) $(COMMON) $(OPT) $(ROOM_FLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
+
+CHAOS_CC = $(CC) $(COMMON) $(OPT) $(CFLAGS) -DMIL_CHAOS=1 -Itests/chaos -MMD -MP -MF $(@:.o=.d) \
+	$(if $(CUDA),-isystem $(word 2,$(CUDA)))
+
+$(CHAOS)/%.c.o: %.c Makefile
+	@mkdir -p $(@D)
+	@echo "  cc   $@"
+	$(Q)$(CHAOS_CC) -c $< -o $@
+
+$(CHAOS)/%.cu.o: %.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  nvcc $@"
+	$(Q)$(NVCC) $(NVCCFLAGS) -Itests/chaos $(GENCODE) -DMIL_CHAOS=1 -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+
+# Each fault is one file compiled once more.
+OBJ_late  := $(OBJ_CHAOS)
+OBJ_ring  := $(CHAOS)/ring/fault.o $(filter-out %/runner.c.o,$(OBJ_CHAOS))
+OBJ_fence := $(CHAOS)/fence/fault.o $(filter-out %/scheduler.c.o,$(OBJ_CHAOS))
+$(CHAOS)/ring/fault.o: csrc/model/runner.c
+$(CHAOS)/ring/fault.o: FAULT := -DMIL_BREAK_RING=1
+$(CHAOS)/fence/fault.o: csrc/scheduler/scheduler.c
+$(CHAOS)/fence/fault.o: FAULT := -DMIL_BREAK_FENCE=1
+
+$(CHAOS)/ring/fault.o $(CHAOS)/fence/fault.o: Makefile
+	@mkdir -p $(@D)
+	@echo "  cc   $@"
+	$(Q)$(CHAOS_CC) $(FAULT) -c $(filter %.c,$^) -o $@
+
+define chaos_rule
+$(CHAOS)/$(1)/_C$(EXT_SUFFIX): $(OBJ_$(1)) $(OBJ_EXT) $(OBJ_CALM) $(LIB) $(LINKED)
+	@mkdir -p $$(@D)
+	@echo "  link $$@"
+	$$(Q)$$(CC) -shared -o $$@ $(OBJ_$(1)) $(OBJ_EXT) $(OBJ_CALM) $(LIB) $(LINK) $(CUDA_LINK) \
+		-Wl,--exclude-libs,ALL,--wrap=mil_backend_find -lm
+endef
+$(foreach kind,late ring fence,$(eval $(call chaos_rule,$(kind))))
 
 define isa_rule
 $(patsubst %.c,$(BUILD)/%.$(1).o,$(SRC_SIMD)): $(BUILD)/%.$(1).o: %.c Makefile
@@ -211,7 +258,8 @@ $(FUZZERS): $(BUILD)/fuzz/%: tests/fuzz/%.c $(LIB) Makefile
 	@echo "  cc   $@"
 	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/fuzz -MMD -MP $< -o $@ $(LIB) $(LINK) -lm
 
--include $(OBJ:.o=.d) $(OBJ_SIMD:.o=.d) $(OBJ_CUDA:.o=.d) $(OBJ_EXT:.o=.d) $(TESTS:=.d) $(FUZZERS:=.d)
+-include $(OBJ:.o=.d) $(OBJ_SIMD:.o=.d) $(OBJ_CUDA:.o=.d) $(OBJ_EXT:.o=.d) $(OBJ_CHAOS:.o=.d) \
+	$(CHAOS)/ring/fault.d $(CHAOS)/fence/fault.d $(TESTS:=.d) $(FUZZERS:=.d)
 
 # ---- set-up: one stamp per extra, so that the second `make test` starts at once ----
 
@@ -252,7 +300,7 @@ NO_GPU := CUDA_VISIBLE_DEVICES=
 MARKS ?= not ref and not gpu and not multigpu
 test: $(VENV)/.stamp-test     ## set up, then the C tests and every pytest that needs no GPU and no torch
 	@$(MAKE) ext PYTHON=$(VPY)
-	@$(MAKE) $(SHIM)
+	@$(MAKE) $(SHIM) chaos PYTHON=$(VPY)
 	@$(MAKE) test-c
 	$(NO_GPU) $(VPY) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
 
@@ -266,11 +314,11 @@ test-ref: $(VENV)/.stamp-ref  ## compare with transformers and peft, live
 # pytest's 5 says that it ran no test: that is what skips and deselects amount to, and no failure.
 GPU_TESTS := -m pytest -rs -m "gpu or multigpu" $(PYTEST_ARGS)
 test-gpu: $(VENV)/.stamp-test ## the tests that need a GPU; each skips with its reason where there is none
-	@$(MAKE) ext $(SHIM) PYTHON=$(VPY) MILPY_CUDA=$(if $(wildcard /dev/nvidia[0-9]*),1,0)
+	@$(MAKE) ext chaos $(SHIM) PYTHON=$(VPY) MILPY_CUDA=$(if $(wildcard /dev/nvidia[0-9]*),1,0)
 	$(VPY) $(GPU_TESTS) || [ $$? -eq 5 ]
 
 test-gpu-here:                ## the same with PYTHON as it is: no .venv, no pip, no network
-	@$(MAKE) ext $(SHIM) MILPY_CUDA=1
+	@$(MAKE) ext chaos $(SHIM) MILPY_CUDA=1
 	$(PYTHON) $(GPU_TESTS) || [ $$? -eq 5 ]
 
 asan:                         ## core and C tests again, under ASan and UBSan
@@ -292,7 +340,7 @@ run-fuzzers: $(FUZZERS)
 # ---- form ----
 
 C_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/kernels/*.cu csrc/kernels/*.cuh tests/c/*.h tests/c/*.c tests/shim/*.h \
-	tests/shim/*.c tests/fuzz/*.h tests/fuzz/*.c benchmarks/*.h benchmarks/*.c benchmarks/*.cu)
+	tests/shim/*.c tests/chaos/*.h tests/chaos/*.c tests/chaos/*.cu tests/fuzz/*.h tests/fuzz/*.c benchmarks/*.h benchmarks/*.c benchmarks/*.cu)
 
 format: $(VENV)/.stamp-dev    ## rewrite C and Python in the house's format
 	$(VENV)/bin/clang-format -i $(C_FILES)

@@ -5,6 +5,7 @@
 #include "kernels/device.h"
 
 #include "kernels/cublas.h"
+#include "ops/chaos.h"
 
 #include <string.h>
 
@@ -80,7 +81,10 @@ static size_t step_bytes(const mil_maxima *maxima)
     {                                                                                              \
         int32_t was;                                                                               \
         MIL_TRY(mil_cuda_enter(context->queue, &was));                                             \
-        return mil_cuda_leave(context->queue, was, mil_cuda_##op(context, args));                  \
+        mil_status status = mil_chaos_delay(context->queue);                                       \
+        if (status == MIL_OK)                                                                      \
+            status = mil_cuda_##op(context, args);                                                 \
+        return mil_cuda_leave(context->queue, was, status);                                        \
     }
 
 ON_DEVICE(begin)
@@ -99,7 +103,10 @@ static mil_status linear_lora(mil_context *context, const mil_linear_args *linea
 {
     int32_t was;
     MIL_TRY(mil_cuda_enter(context->queue, &was));
-    return mil_cuda_leave(context->queue, was, mil_cuda_linear_lora(context, linear, lora));
+    mil_status status = mil_chaos_delay(context->queue);
+    if (status == MIL_OK)
+        status = mil_cuda_linear_lora(context, linear, lora);
+    return mil_cuda_leave(context->queue, was, status);
 }
 
 static const mil_backend mil_cuda_backend = {

@@ -7,6 +7,7 @@
 
 #include "kernels/cublas.h"
 #include "kernels/tensor_map.h"
+#include "ops/chaos.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -380,9 +381,12 @@ static mil_status send_out(struct mil_queue *queue, void *host, const void *devi
 {
     int32_t was;
     MIL_TRY(mil_cuda_enter(queue, &was));
-    cudaError_t error =
-        cudaMemcpyAsync(host, device, n_bytes, cudaMemcpyDeviceToHost, queue->stream);
-    return mil_cuda_leave(queue, was, mil_cuda_status(error, "sending results out"));
+    mil_status status = mil_chaos_delay(queue);
+    if (status == MIL_OK)
+        status = mil_cuda_status(
+            cudaMemcpyAsync(host, device, n_bytes, cudaMemcpyDeviceToHost, queue->stream),
+            "sending results out");
+    return mil_cuda_leave(queue, was, status);
 }
 
 static mil_status fill_16(struct mil_queue *queue, void *device, uint16_t word, size_t n)
@@ -484,8 +488,10 @@ static mil_status graph_launch(struct mil_queue *queue, struct mil_graph *graph)
 {
     int32_t was;
     MIL_TRY(mil_cuda_enter(queue, &was));
-    cudaError_t error = cudaGraphLaunch(graph->exec, queue->stream);
-    return mil_cuda_leave(queue, was, mil_cuda_status(error, "launching a graph"));
+    mil_status status = mil_chaos_delay(queue);
+    if (status == MIL_OK)
+        status = mil_cuda_status(cudaGraphLaunch(graph->exec, queue->stream), "launching a graph");
+    return mil_cuda_leave(queue, was, status);
 }
 
 static void graph_free(struct mil_queue *queue, struct mil_graph *graph)

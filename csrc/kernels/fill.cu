@@ -1,5 +1,5 @@
-/* fill_16: device[i] = word for n 16-bit words; any 2-byte alignment. Bound by the bytes written, 16
- * at once between the ends. */
+/* fill_16: device[i] = word for n 16-bit words; any 2-byte alignment. Bound by the bytes written,
+ * 16 at once between the ends. */
 #include "kernels/device.h"
 
 #include "kernels/common.cuh"

@@ -3,6 +3,8 @@
  * goes first: the same kernels, the same bits. */
 #include "kernels/cuda.h"
 
+#include "ops/chaos.h"
+
 /* The same place, its ops on the second stream. Programmatic launches order within one stream only.
  */
 static mil_queue beside(const mil_queue *queue)
@@ -19,6 +21,7 @@ static mil_status shrink_beside(const mil_context *context, const mil_lora_shrin
     mil_context there = *context;
     there.queue = &side;
     MIL_CUDA_TRY(cudaStreamWaitEvent(side.stream, side.fork, 0));
+    MIL_TRY(mil_chaos_delay(&side));
     MIL_TRY(mil_cuda_lora_shrink(&there, args));
     MIL_CUDA_TRY(cudaEventRecord(side.join, side.stream));
     return MIL_OK;
@@ -30,6 +33,7 @@ static mil_status product_and_shrink(mil_context *context, const mil_linear_args
 {
     const mil_queue *queue = context->queue;
     MIL_CUDA_TRY(cudaEventRecord(queue->fork, queue->stream));
+    MIL_TRY(mil_chaos_delay(queue));
     MIL_TRY(mil_cuda_linear(context, linear));
     MIL_TRY(shrink_beside(context, shrink));
     MIL_CUDA_TRY(cudaStreamWaitEvent(queue->stream, queue->join, 0));

@@ -7,12 +7,13 @@
 
 #include "base/machine.h"
 #include "model/state.h"
+#include "ops/chaos.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 /* Plans that exist: the one that is filled, and those that a device may still read. */
-#define RING_DEPTH 3
+#define RING_DEPTH (MIL_BREAK_RING ? 1 : 3)
 
 /* One step on its way: host memory that every rank's device reads and writes in place. */
 typedef struct ring_entry {
@@ -629,7 +630,9 @@ static mil_status submit_with(mil_runner *runner, float *logits)
     MIL_TRY(check_can_step(runner));
     runner->has_plan = false;
     runner->logits = logits;
+    mil_chaos_sleep();
     mil_status status = submit(runner);
+    mil_chaos_sleep();
     runner->is_dead = status != MIL_OK;
     return status;
 }
@@ -644,8 +647,12 @@ mil_status mil_runner_wait(mil_runner *runner, const mil_sample **samples)
     if (runner->n_retired == runner->n_submitted)
         return mil_fail(MIL_ERR_INTERNAL, "runner: found a wait with no step in flight");
     int32_t index = (int32_t)(runner->n_retired++ % RING_DEPTH);
-    const mil_model *model = runner->model;
-    mil_status status = model->backend->device->wait(model->ranks[0].queue, index);
+    const mil_device *device = runner->model->backend->device;
+    struct mil_queue *queue = runner->model->ranks[0].queue;
+    mil_status status = mil_chaos_is_late() ? device->synchronize(queue) : MIL_OK;
+    if (status == MIL_OK)
+        status = device->wait(queue, index);
+    mil_chaos_sleep();
     runner->is_dead = runner->is_dead || status != MIL_OK;
     *samples = runner->ring[index].samples;
     return status;

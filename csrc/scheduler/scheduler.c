@@ -3,6 +3,7 @@
 #include "scheduler/scheduler.h"
 
 #include "base/memory.h"
+#include "ops/chaos.h"
 #include "scheduler/blocks.h"
 #include "scheduler/residency.h"
 #include "scheduler/rows.h"
@@ -158,19 +159,24 @@ void mil_scheduler_free(mil_scheduler *scheduler)
 
 /* ---- what a slot holds, and when it lets go ---- */
 
-static void release_slot(mil_scheduler *scheduler, int32_t index)
+static void give_pages(mil_scheduler *scheduler, slot *held)
 {
-    slot *held = &scheduler->slots[index];
-    mil_request *request = held->request;
     for (int32_t i = 0; i < held->n_pages; i++) {
         if (mil_blocks_give(&scheduler->blocks, held->pages[i]) &&
             scheduler->options.on_page_free != NULL)
             scheduler->options.on_page_free(scheduler->options.context, held->pages[i]);
     }
+    held->n_pages = 0;
+}
+
+static void release_slot(mil_scheduler *scheduler, int32_t index)
+{
+    slot *held = &scheduler->slots[index];
+    mil_request *request = held->request;
+    give_pages(scheduler, held);
     if (held->adapter_slot != MIL_NO_ADAPTER)
         mil_residency_unpin(&scheduler->residency, held->adapter_slot);
     held->request = NULL;
-    held->n_pages = 0;
     held->is_draining = false;
     scheduler->free_slots[scheduler->n_free_slots++] = index;
     request->slot = -1;
@@ -186,6 +192,8 @@ static void drain_slot(mil_scheduler *scheduler, int32_t index)
         release_slot(scheduler, index);
         return;
     }
+    if (MIL_BREAK_FENCE)
+        give_pages(scheduler, held);
     held->is_draining = true;
     scheduler->draining_pages += held->n_pages;
 }

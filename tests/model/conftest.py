@@ -14,7 +14,7 @@ from milpy.wheels import add_library_dirs
 def device(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name == "cuda":
-        add_library_dirs()
+        add_library_dirs(_C.add_library_dir)
         try:
             _C.device_report(name)
         except Exception as problem:

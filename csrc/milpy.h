@@ -140,6 +140,9 @@ typedef struct mil_model_options {
     int32_t tensor_parallel; /* world size, >= 1 */
     int32_t n_threads;       /* over all ranks; 0: from affinity mask and cgroup quota */
     mil_progress *progress;  /* may be NULL */
+    /* Weights that would take a device beyond this share of its memory are refused before they are
+     * loaded; 0: what is free decides. For a model that an engine of this share is to follow. */
+    double gpu_memory_utilization;
 } mil_model_options;
 
 /* Load a model. Checks every byte range against its file before it allocates; on failure nothing is
@@ -200,6 +203,8 @@ typedef struct mil_sample {
 /* ---- engine: our scheduler owns pages and order ---- */
 
 typedef struct mil_engine mil_engine;
+
+#define MIL_GPU_MEMORY_UTILIZATION 0.9 /* an engine's default */
 
 typedef struct mil_engine_options {
     /* Prompt and answer. 0: the model's, cut to what the KV holds; else at most both. */

@@ -12,6 +12,7 @@ from milpy.config import ModelConfig
 
 MAX_LOGPROBS: int
 MAX_STOP_TOKENS: int
+GPU_MEMORY_UTILIZATION: float
 FINISH_NONE: int
 FINISH_STOP: int
 FINISH_LENGTH: int
@@ -202,6 +203,7 @@ class Model:
         n_threads: int = 0,
         progress: Progress | None = None,
         dummy_seed: int = 0,
+        gpu_memory_utilization: float = 0.0,
     ) -> Model: ...
     def close(self) -> None: ...
     def report(self) -> _ModelReport: ...

@@ -162,6 +162,9 @@ def _load_weights(
     context: int,
     options: EngineOptions,
 ) -> _C.Model:
+    # KV bytes that are given overrule the share: then what is free decides.
+    is_shared = options.kv_cache_bytes is None
+    share = (options.gpu_memory_utilization or _C.GPU_MEMORY_UTILIZATION) if is_shared else 0.0
     progress = _C.Progress()
     done = threading.Event()
     models: list[_C.Model] = []
@@ -179,6 +182,7 @@ def _load_weights(
                     n_threads=options.n_threads or 0,
                     progress=progress,
                     dummy_seed=options.seed,
+                    gpu_memory_utilization=share,
                 )
             )
         except BaseException as problem:

@@ -7,7 +7,6 @@
 /* A device is busy only with many rows. */
 #define DEFAULT_DEVICE_SEQS 256
 #define DEFAULT_DEVICE_BATCHED_TOKENS 8192
-#define DEFAULT_UTILIZATION 0.9
 #define DEFAULT_PAGE_SIZE 16
 #define MOST_SEQS 65536
 #define MOST_BATCHED_TOKENS (1 << 20)
@@ -26,7 +25,7 @@ mil_status mil_options_complete(mil_engine_options *options, bool is_device)
     int32_t default_seqs = is_device ? DEFAULT_DEVICE_SEQS : DEFAULT_SEQS;
     int32_t default_tokens = is_device ? DEFAULT_DEVICE_BATCHED_TOKENS : DEFAULT_BATCHED_TOKENS;
     if (options->gpu_memory_utilization == 0.0)
-        options->gpu_memory_utilization = DEFAULT_UTILIZATION;
+        options->gpu_memory_utilization = MIL_GPU_MEMORY_UTILIZATION;
     if (!(options->gpu_memory_utilization > 0.0 && options->gpu_memory_utilization <= 1.0))
         return mil_fail(MIL_ERR_ARGUMENT,
                         "engine: gpu_memory_utilization is %g, expected above 0 and up to 1",

@@ -171,7 +171,7 @@ static mil_status take_slab(mil_adapter *adapter, reader *from, size_t n_bytes, 
     size_t total = n_bytes;
     if (!device->is_host && !mil_add(n_bytes, table_bytes, &total))
         return mil_fail(MIL_ERR_MEMORY, "adapter: its bytes overflow 64 bits");
-    MIL_TRY(mil_device_check_room(device, adapter->queue, total, "adapter"));
+    MIL_TRY(mil_device_check_room(device, adapter->queue, total, "adapter: needs"));
     MIL_TRY(device->alloc(adapter->queue, &adapter->slab, total, "adapter"));
     adapter->device_modules = adapter->modules;
     if (device->is_host)

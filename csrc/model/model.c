@@ -57,24 +57,44 @@ static size_t place_decoder(mil_model *model, int32_t rank_index, void *data)
     return arena.used;
 }
 
+/* What is free of a device beyond its share is not for weights. */
+static mil_status check_share(const mil_model *model, int32_t rank, size_t n_bytes, double share)
+{
+    mil_device_memory memory;
+    MIL_TRY(model->backend->device->memory(model->ranks[rank].queue, &memory));
+    uint64_t spare = share > 0.0 ? (uint64_t)((double)memory.n_total * (1.0 - share)) : 0;
+    uint64_t left = memory.n_free > spare ? memory.n_free - spare : 0;
+    if (n_bytes <= left)
+        return MIL_OK;
+    return mil_fail(MIL_ERR_MEMORY,
+                    "model: weights need %s, gpu_memory_utilization %g of the %s of %s leaves %s "
+                    "of the %s free: %s too few",
+                    mil_memory_show(n_bytes).text, share, mil_memory_show(memory.n_total).text,
+                    model->backend->device->name, mil_memory_show(left).text,
+                    mil_memory_show(memory.n_free).text, mil_memory_show(n_bytes - left).text);
+}
+
 /* Ranks share the host's memory; a device's is its rank's alone. */
-static mil_status check_room(const mil_model *model, const size_t *n_bytes)
+static mil_status check_room(const mil_model *model, const size_t *n_bytes, double share)
 {
     const mil_device *device = model->backend->device;
     size_t total = 0;
     for (int32_t rank = 0; rank < model->world; rank++) {
-        if (!device->is_host)
+        if (!device->is_host) {
             MIL_TRY(mil_device_check_room(device, model->ranks[rank].queue, n_bytes[rank],
-                                          "model: weights"));
+                                          "model: weights need"));
+            MIL_TRY(check_share(model, rank, n_bytes[rank], share));
+        }
         if (!mil_add(total, n_bytes[rank], &total))
             total = SIZE_MAX;
     }
-    return device->is_host ? mil_device_check_room(device, NULL, total, "model: weights") : MIL_OK;
+    return device->is_host ? mil_device_check_room(device, NULL, total, "model: weights need")
+                           : MIL_OK;
 }
 
-static mil_status take_weights(mil_model *model, const size_t *n_bytes)
+static mil_status take_weights(mil_model *model, const size_t *n_bytes, double share)
 {
-    MIL_TRY(check_room(model, n_bytes));
+    MIL_TRY(check_room(model, n_bytes, share));
     for (int32_t rank = 0; rank < model->world; rank++) {
         mil_slab *slab = &model->ranks[rank].slab;
         MIL_TRY(model->backend->device->alloc(model->ranks[rank].queue, slab, n_bytes[rank],
@@ -104,7 +124,8 @@ static mil_status load_weights(mil_model *model, const mil_source *source, mil_p
     return status;
 }
 
-static mil_status open_weights(mil_model *model, const mil_source *source, mil_progress *progress)
+static mil_status open_weights(mil_model *model, const mil_source *source,
+                               const mil_model_options *options)
 {
     size_t *sizes;
     uint64_t n_bytes;
@@ -113,9 +134,9 @@ static mil_status open_weights(mil_model *model, const mil_source *source, mil_p
         sizes[rank] = place_decoder(model, rank, NULL);
     mil_status status = check_tensors(model, source, &n_bytes);
     if (status == MIL_OK)
-        status = take_weights(model, sizes);
+        status = take_weights(model, sizes, options->gpu_memory_utilization);
     mil_free(sizes);
-    return status == MIL_OK ? load_weights(model, source, progress, n_bytes) : status;
+    return status == MIL_OK ? load_weights(model, source, options->progress, n_bytes) : status;
 }
 
 /* What handles, libraries and the kernels that loading ran have taken of the devices. */
@@ -198,7 +219,7 @@ static mil_status open_parts(mil_model *model, const mil_source *source,
         MIL_TRY(mil_comm_local_create(model->comms, model->world));
     MIL_TRY(mil_team_create(&model->team, model->world, model->pools, model->comms));
     MIL_TRY(mil_rope_init(&model->rope, &model->config));
-    MIL_TRY(open_weights(model, source, options->progress));
+    MIL_TRY(open_weights(model, source, options));
     return measure_libraries(model);
 }
 

@@ -34,8 +34,10 @@ static mil_status open_model(mil_model **out, const mil_config *config, const mi
 
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"config",    "checkpoint", "max_position", "device", "tensor_parallel",
-                            "n_threads", "progress",   "dummy_seed",   NULL};
+    static char *names[] = {"config",   "checkpoint",      "max_position",
+                            "device",   "tensor_parallel", "n_threads",
+                            "progress", "dummy_seed",      "gpu_memory_utilization",
+                            NULL};
     PyObject *config_object;
     PyObject *checkpoint;
     int max_position = 0;
@@ -44,9 +46,10 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     int n_threads = 0;
     PyObject *progress = Py_None;
     unsigned long long dummy_seed = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$isiiOK:Model", names, &config_object,
+    double gpu_memory_utilization = 0.0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$isiiOKd:Model", names, &config_object,
                                      &checkpoint, &max_position, &device, &tensor_parallel,
-                                     &n_threads, &progress, &dummy_seed))
+                                     &n_threads, &progress, &dummy_seed, &gpu_memory_utilization))
         return NULL;
     mil_module_state *state = PyType_GetModuleState(type);
     if (progress != Py_None && !Py_IS_TYPE(progress, state->progress)) {
@@ -71,6 +74,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         .tensor_parallel = tensor_parallel,
         .n_threads = n_threads,
         .progress = progress != Py_None ? ((mil_progress_object *)progress)->progress : NULL,
+        .gpu_memory_utilization = gpu_memory_utilization,
     };
     mil_status status;
     Py_BEGIN_ALLOW_THREADS
@@ -201,8 +205,10 @@ static PyType_Slot model_slots[] = {
     {Py_tp_new, model_new},
     {Py_tp_dealloc, model_dealloc},
     {Py_tp_methods, model_methods},
-    {Py_tp_doc, "Model(config, checkpoint, *, max_position, device='auto', tensor_parallel=1,\n"
-                "n_threads=0, progress=None, dummy_seed=0): checkpoint None means dummy weights."},
+    {Py_tp_doc,
+     "Model(config, checkpoint, *, max_position, device='auto', tensor_parallel=1,\n"
+     "n_threads=0, progress=None, dummy_seed=0, gpu_memory_utilization=0.0): checkpoint\n"
+     "None means dummy weights; weights beyond the share of a GPU are refused."},
     {0, NULL},
 };
 

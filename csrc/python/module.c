@@ -107,7 +107,10 @@ static int add_constants(PyObject *module)
     for (size_t i = 0; i < sizeof constants / sizeof constants[0]; i++)
         if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)
             return -1;
-    return 0;
+    PyObject *share = PyFloat_FromDouble(MIL_GPU_MEMORY_UTILIZATION);
+    int failed = PyModule_AddObjectRef(module, "GPU_MEMORY_UTILIZATION", share);
+    Py_XDECREF(share);
+    return failed;
 }
 
 static int exec(PyObject *module)

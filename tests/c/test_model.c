@@ -57,7 +57,7 @@ TEST(weights_beyond_memory_are_refused_with_both_figures_before_they_are_taken)
     mil_model *model;
     CHECK_INT(dummy_open(&model, &config, 1, 1), MIL_ERR_MEMORY);
     /* Embedding and head alone are 64 TiB. */
-    CHECK(strstr(mil_status_message(), "model: weights: needs 64.0") != NULL);
+    CHECK(strstr(mil_status_message(), "model: weights need 64.0") != NULL);
     CHECK(strstr(mil_status_message(), "cpu has ") != NULL);
     CHECK(strstr(mil_status_message(), " too few") != NULL);
     CHECK(mil_memory_held_bytes() == held);

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes as ct
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers.dlpack import CUDA, Producer
 
 Array = NDArray[Any]
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1
+_CHUNK = 2 << 20  # what the driver deals memory out by
 _GUARD, _KNOWN = 256, 0xA5  # bytes on each side of an array, and what they hold
 
 
@@ -77,6 +79,32 @@ def _get(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         pointer, n_bytes = ct.c_void_p(array.ctypes.data), ct.c_size_t(array.nbytes)
         _call("cuMemcpyDtoH_v2", pointer, ct.c_uint64(address), n_bytes)
     return array
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of device 0's memory that are free, and all of them, as the driver counts."""
+    free, total = ct.c_size_t(), ct.c_size_t()
+    _call("cuMemGetInfo_v2", ct.byref(free), ct.byref(total))
+    return free.value, total.value
+
+
+@contextmanager
+def ballast(n_left: int) -> Iterator[None]:
+    """Device 0 with at most n_left bytes free: all else is taken meanwhile."""
+    blocks: list[ct.c_uint64] = []
+    n_bytes = memory()[0]
+    try:
+        while memory()[0] > n_left:
+            assert n_bytes >= _CHUNK, f"{memory()[0]} bytes stay free, expected at most {n_left}"
+            block = ct.c_uint64()
+            if _driver().cuMemAlloc_v2(ct.byref(block), ct.c_size_t(n_bytes)) == 0:
+                blocks.append(block)
+            else:
+                n_bytes //= 2
+        yield
+    finally:
+        for block in blocks:
+            _call("cuMemFree_v2", block)
 
 
 def synchronize() -> None:

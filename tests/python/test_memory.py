@@ -8,9 +8,10 @@ import mmap
 from pathlib import Path
 
 import pytest
+from helpers.mixed_load import check_steps_allocate_nothing
 from helpers.tiny_llama import llama_config
 
-from milpy import _C, LLM
+from milpy import _C, LLM, demo
 from milpy.errors import EngineError, OutOfMemoryError, RequestError
 from milpy.memory import MemoryReport, show_bytes
 
@@ -121,3 +122,8 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path: Path
     with pytest.raises(OutOfMemoryError, match=r"weights need 7\d\d\.\d\d GiB, cpu has .* too few"):
         LLM(tmp_path, load_format="dummy", device="cpu", progress=False)
     assert _C.memory_held() <= before
+
+
+@pytest.mark.skipif(not demo.BASE.is_dir(), reason=f"no demo model in {demo.BASE}")
+def test_steps_allocate_nothing() -> None:
+    check_steps_allocate_nothing("cpu")

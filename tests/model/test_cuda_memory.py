@@ -1,0 +1,247 @@
+"""A GPU's memory: the table against the driver's own count, the share that KV pages fill, models
+and adapters that do not fit, and steps that allocate nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+from helpers import cuda_arrays
+from helpers.mixed_load import check_steps_allocate_nothing
+from helpers.tiny_llama import llama_config, write_adapter
+
+from milpy import LLM, RequestOutput, SamplingParams, demo
+from milpy.errors import OutOfMemoryError
+
+MIB = 1 << 20
+# Between two of our readings the driver rounds each block up to 2 MiB, and loads a kernel or two.
+SLACK = 32 * MIB
+ANSWER = SamplingParams(temperature=0, max_tokens=40)
+
+
+def has_cuda() -> str:
+    """Why there is none, or nothing."""
+    if not demo.BASE.is_dir():
+        return f"no demo model in {demo.BASE}"
+    try:
+        with LLM(demo.BASE, device="cuda", progress=False, enforce_eager=True):
+            return ""
+    except Exception as problem:
+        return str(problem)
+
+
+@pytest.fixture(scope="module")
+def cuda() -> None:
+    """Also makes the context and loads what stays with the process, before anything is measured."""
+    reason = has_cuda()
+    if reason:
+        pytest.skip(reason)
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
+
+
+def in_use() -> int:
+    free, total = cuda_arrays.memory()
+    return total - free
+
+
+def write_config(folder: Path, **sizes: int) -> Path:
+    """A model that exists as config.json alone, for load_format dummy."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(llama_config(**sizes)))
+    return folder
+
+
+@pytest.fixture
+def hungry(tmp_path: Path) -> Path:
+    """0.2 GB of weights, and KV of 32 KiB a token: no GPU holds all that 256 sequences could."""
+    return write_config(
+        tmp_path / "hungry", hidden=1024, ffn=2048, layers=8, heads=8, kv_heads=8, head_dim=128,
+        vocab=8192, max_positions=65536,
+    )  # fmt: skip
+
+
+@contextmanager
+def opened(folder: Path, share: float) -> Iterator[LLM]:
+    with LLM(folder, device="cuda", load_format="dummy", gpu_memory_utilization=share,
+             progress=False) as llm:  # fmt: skip
+        yield llm
+
+
+def answers(llm: LLM, adapters: list[str | None]) -> list[list[int]]:
+    prompts = [[5, 6, 7 + i] for i in range(12)]
+    voices = cycle(adapters)
+    outputs: list[RequestOutput] = llm.generate(
+        prompts, ANSWER, adapter=[next(voices) for _ in prompts], use_tqdm=False
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+# ---- the table ----
+
+
+def test_rows_are_what_was_taken_and_the_driver_counts_the_same() -> None:
+    before = in_use()
+    with LLM(demo.BASE, device="cuda", adapters=demo.ADAPTERS, kv_cache_bytes=64 * MIB,
+             progress=False) as llm:  # fmt: skip
+        report, stats = llm.memory(), llm.stats()
+        free, total = cuda_arrays.memory()
+        assert (report.free_bytes, report.total_bytes) == (free, total)
+        assert sum(n for _, n in report.rows()) == total
+        assert report.weight_bytes == stats["weight_bytes"]
+        assert report.kv_bytes == stats["kv_bytes"]
+        assert report.adapter_bytes == stats["adapter_bytes"]
+        assert report.workspace_bytes == stats["workspace_bytes"]
+        assert report.graph_bytes > 0 and report.pinned_bytes > 0
+        # What is not in a row of ours was there before.
+        assert abs(report.other_bytes - before) < SLACK
+        print(f"\n{report}")
+
+
+def test_graphs_are_in_their_row() -> None:
+    def graph_bytes(enforce_eager: bool) -> int:
+        with LLM(demo.BASE, device="cuda", kv_cache_bytes=8 * MIB, enforce_eager=enforce_eager,
+                 progress=False) as llm:  # fmt: skip
+            return llm.memory().graph_bytes
+
+    assert graph_bytes(False) > graph_bytes(True)
+
+
+def test_an_adapter_that_comes_and_goes_moves_bytes_between_its_row_and_free(
+    tmp_path: Path,
+) -> None:
+    write_adapter(tmp_path / "wide", demo.BASE, rank=256)
+    with LLM(demo.BASE, device="cuda", kv_cache_bytes=8 * MIB, progress=False) as llm:
+        without = llm.memory()
+        llm.load_adapter("wide", tmp_path / "wide")
+        with_it = llm.memory()
+        n_bytes = with_it.adapter_bytes - without.adapter_bytes
+        assert n_bytes > 4 * MIB
+        assert 0 <= without.free_bytes - with_it.free_bytes - n_bytes < 4 * MIB
+        llm.unload_adapter("wide")
+        assert llm.memory().adapter_bytes == without.adapter_bytes
+        assert abs(llm.memory().free_bytes - without.free_bytes) < 4 * MIB
+
+
+# ---- the share ----
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_pages_fill_the_share_and_not_more(hungry: Path, share: float) -> None:
+    with opened(hungry, share) as llm:
+        limit = int(cuda_arrays.memory()[1] * share)
+        # The page that was there while it was measured, and chunks that the driver rounded up.
+        page = llm.stats()["kv_bytes"] // llm.stats()["n_pages"]
+        assert limit - SLACK - page < in_use() <= limit
+        assert len(answers(llm, [None])) == 12
+        assert in_use() <= limit
+
+
+def test_a_second_engine_takes_what_the_first_one_left_and_both_give_all_back(
+    hungry: Path,
+) -> None:
+    total = cuda_arrays.memory()[1]
+    with opened(hungry, 0.3) as alone:
+        expected = answers(alone, [None])
+    before = in_use()
+    with opened(hungry, 0.3) as first:
+        assert in_use() <= 0.3 * total
+        with opened(hungry, 0.6) as second:
+            assert in_use() <= 0.6 * total
+            theirs = first.memory()
+            # Each sees the other's bytes as other.
+            ours = sum(n for name, n in theirs.rows() if name not in ("other", "free"))
+            assert second.memory().other_bytes > ours - SLACK
+            assert answers(first, [None]) == answers(second, [None]) == expected
+        assert first.memory().free_bytes > 0.6 * total
+        assert answers(first, [None]) == expected
+    assert in_use() <= before + 4 * MIB
+
+
+def test_closing_gives_everything_back() -> None:
+    """Kernels that are loaded stay; the same engine again adds nothing to them."""
+    used = []
+    for _ in range(3):
+        with LLM(demo.BASE, device="cuda", adapters=demo.ADAPTERS, progress=False) as llm:
+            answers(llm, [None, *demo.ADAPTERS])
+        used.append(in_use())
+    assert used[2] <= used[0]
+
+
+# ---- what does not fit ----
+
+
+def test_a_model_of_400_billion_is_refused_with_figures(tmp_path: Path) -> None:
+    folder = write_config(
+        tmp_path / "large", hidden=16384, ffn=53248, layers=126, heads=128, kv_heads=8,
+        head_dim=128, vocab=128256,
+    )  # fmt: skip
+    before = in_use()
+    with (
+        pytest.raises(OutOfMemoryError, match=r"weights need 7\d\d\.\d\d GiB.* GiB too few"),
+        opened(folder, 0.9),
+    ):
+        pass
+    assert in_use() <= before
+
+
+def test_weights_beyond_the_share_are_refused_before_they_are_loaded(hungry: Path) -> None:
+    share = 1.01 * in_use() / cuda_arrays.memory()[1]
+    with (
+        pytest.raises(OutOfMemoryError, match=r"weights need .*gpu_memory_utilization .* too few"),
+        opened(hungry, share),
+    ):
+        pass
+
+
+def test_a_context_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:
+    """4 MiB of KV a token: 512 GiB for one context."""
+    folder = write_config(
+        tmp_path / "deep", hidden=64, ffn=64, layers=64, heads=64, kv_heads=64, head_dim=256,
+        max_positions=131072,
+    )  # fmt: skip
+    options = {"device": "cuda", "load_format": "dummy", "max_num_seqs": 8, "progress": False}
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"max_model_len is 131072, expected at most \d+: it needs 512.* GiB of KV pages, "
+        r".* too few \(gpu_memory_utilization 0.9",
+    ):
+        LLM(folder, max_model_len=131072, max_num_batched_tokens=64, **options)
+
+
+def test_kv_bytes_beyond_what_is_free_are_refused_with_figures() -> None:
+    total = cuda_arrays.memory()[1]
+    with pytest.raises(OutOfMemoryError, match=r"of KV pages and .* of workspace, cuda has .* few"):
+        LLM(demo.BASE, device="cuda", kv_cache_bytes=total, progress=False)
+
+
+def test_on_a_full_gpu_an_adapter_is_refused_and_everybody_else_goes_on(tmp_path: Path) -> None:
+    """Steps of every kind run while nothing is left: they allocate nothing."""
+    write_adapter(tmp_path / "wide", demo.BASE, rank=256)
+    voices = [None, *demo.ADAPTERS]
+    with LLM(demo.BASE, device="cuda", adapters=demo.ADAPTERS, kv_cache_bytes=64 * MIB,
+             progress=False) as llm:  # fmt: skip
+        expected = answers(llm, voices)
+        with cuda_arrays.ballast(4 * MIB):
+            assert answers(llm, voices) == expected
+            with pytest.raises(OutOfMemoryError, match=r"adapter: needs .* MiB, cuda has .* few"):
+                llm.load_adapter("wide", tmp_path / "wide")
+            assert llm.adapters == sorted(demo.ADAPTERS)
+            assert answers(llm, voices) == expected
+        llm.load_adapter("wide", tmp_path / "wide")
+        assert "wide" in llm.adapters
+
+
+# ---- steps ----
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("is_eager", [False, True])
+def test_steps_allocate_nothing(is_eager: bool, is_exact: bool) -> None:
+    """From an engine's first step on: what kernels take was taken before."""
+    check_steps_allocate_nothing("cuda", enforce_eager=is_eager, deterministic=is_exact)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from _pytest.mark import ParameterSet
 
 
-def small(*values: object) -> ParameterSet:
+def small(*values: object) -> Any:
     """A case of parametrize small enough for the slowest tool. Those of a file launch every kernel
     of its op."""
     return pytest.param(*values, marks=pytest.mark.sanitize)

@@ -57,7 +57,6 @@ class Late:
     """Twos for silu_and_mul that come late: a stream that does not wait for them reads zeros."""
 
     def __init__(self, torch: Any, device: str = "cuda") -> None:
-        self.torch = torch
         self.big = torch.randn(8192, 8192, device=device)
         self.gate_up = torch.zeros(4, 64, dtype=torch.bfloat16, device=device)
         self.out = torch.empty(4, 32, dtype=torch.bfloat16, device=device)
@@ -205,6 +204,24 @@ def test_ops_run_in_a_thread_while_torch_captures_in_another(
     for (arrays, written, call), tensors in zip(cases, there, strict=True):
         for key, want in zip(written, on_cpu(arrays, written, call), strict=True):
             near(library.get(tensors[key]), want)
+
+
+def test_numpy_arrays_go_to_the_gpu_while_torch_captures_in_another_thread(
+    torch: Any, rng: np.random.Generator
+) -> None:
+    """Memory is taken and given back meanwhile, and the op is waited for."""
+    arrays, written, call = case("attention", rng)
+    want = on_cpu(arrays, written, call)[0]
+    x, graph = torch.ones(1024, device="cuda"), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool, torch.cuda.graph(graph):
+        y = x + 1
+        pool.submit(lambda: call(**arrays, device="cuda")).result()
+        y += 1
+    graph.replay()
+    torch.cuda.synchronize()
+    assert bool((y == 3).all())
+    near(arrays["out"], want)
 
 
 FIRST = """

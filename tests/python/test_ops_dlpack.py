@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,16 @@ def test_a_tensor_is_used_in_place_and_given_back_once(kind: type[Producer]) -> 
     with pytest.raises(RequestError):
         norm(x, weight=ones(7))
     assert x.n_deleted == 3
+
+
+def test_a_hosts_producer_need_know_no_arguments() -> None:
+    class Bare(OldProducer):
+        def __dlpack__(self) -> Any:  # type: ignore[override]
+            return super().__dlpack__()
+
+    array = ones(2, 8)
+    norm(Bare.of(array))
+    assert (array == 2).all()
 
 
 def test_an_unversioned_tensor_comes_from_a_new_producer_too() -> None:
@@ -147,9 +158,18 @@ def silu_on_a_gpu(kind: type[Producer], **options: Any) -> None:
     ops.silu_and_mul(gate_up, out=out, **options)
 
 
-def test_the_per_thread_default_stream_is_refused() -> None:
+@pytest.mark.parametrize(
+    "stream",
+    [
+        PER_THREAD,
+        SimpleNamespace(cuda_stream=PER_THREAD),  # as torch's
+        SimpleNamespace(ptr=PER_THREAD),  # as CuPy's
+        SimpleNamespace(__cuda_stream__=lambda: (0, PER_THREAD)),  # cuda.core's protocol
+    ],
+)
+def test_the_per_thread_default_stream_is_refused_whatever_tells_it(stream: Any) -> None:
     with pytest.raises(RequestError, match=r"stream is 2 .*, expected any other"):
-        silu_on_a_gpu(Producer, stream=PER_THREAD)
+        silu_on_a_gpu(Producer, stream=stream)
 
 
 def test_an_op_asks_its_arrays_type_for_the_current_stream() -> None:

@@ -41,9 +41,10 @@ def run(device: str, kind: str = "", *, cancels: bool = True, **switches: str) -
     command += ["--cancels"] if cancels else []
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MILPY_CHAOS")}
     switched = {f"MILPY_{name}": value for name, value in switches.items()}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         command,
-        env={**kept, "PYTHONPATH": str(ROOT), "MILPY_POISON": "1", **switched},
+        env={**kept, "PYTHONPATH": path, "MILPY_POISON": "1", **switched},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -88,6 +89,7 @@ def name_of(switches: dict[str, str]) -> str:
 
 
 def check_worth(calm: Found) -> None:
-    """The traffic does what it is for: requests are preempted, and end in both ways."""
+    """The traffic does what it is for: it preempts, and ends by stop tokens and by limits."""
+    assert "error" not in calm, calm["error"]
     assert calm["settled"]["stats"]["n_preemptions"] >= 8
     assert len({answer["finish"] for answer in calm["settled"]["answers"]}) == 2

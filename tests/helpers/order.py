@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Path(__file__).with_name("order_workload.py")
-N_REQUESTS = 64
 CANCELLED = 3  # _C.FINISH_CANCELLED; this process need not load the extension
 TIMEOUT_S = 240  # for a device that hangs; no claim of a test
 
@@ -31,12 +30,14 @@ def extension(kind: str) -> Path:
     return path
 
 
-def run(device: str, kind: str = "", *, cancels: bool = True, **switches: str) -> Found:
+def run(
+    device: str, kind: str = "", *, page_size: int = 16, cancels: bool = True, **switches: str
+) -> Found:
     """What the workload gave; `switches` are variables of the environment, without MILPY_.
 
     An engine that failed is in it under "error". What MILPY_CHAOS asks for must have happened.
     """
-    command = [sys.executable, str(WORKLOAD), device, str(N_REQUESTS)]
+    command = [sys.executable, str(WORKLOAD), device, str(page_size)]
     command += ["--extension", str(extension(kind))] if kind else []
     command += ["--cancels"] if cancels else []
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MILPY_CHAOS")}
@@ -91,5 +92,5 @@ def name_of(switches: dict[str, str]) -> str:
 def check_worth(calm: Found) -> None:
     """The traffic does what it is for: it preempts, and ends by stop tokens and by limits."""
     assert "error" not in calm, calm["error"]
-    assert calm["settled"]["stats"]["n_preemptions"] >= 8
+    assert calm["settled"]["stats"]["n_preemptions"] >= 4
     assert len({answer["finish"] for answer in calm["settled"]["answers"]}) == 2

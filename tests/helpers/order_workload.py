@@ -1,6 +1,6 @@
 """Traffic that leaves a step no slack, for tests/helpers/order.py, in a process of its own.
 
-    python order_workload.py DEVICE N_REQUESTS [--extension FILE] [--cancels]
+    python order_workload.py DEVICE PAGE_SIZE [--extension FILE] [--cancels]
 
 Prints one JSON object. `settled`: every request is there before the loop starts, so that which
 step does what follows from the requests alone, whatever is slow; few pages, so that requests are
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from milpy.adapter_table import AdapterTable
     from milpy.loading import LoadedModel
 
-PAGE = 16
-MAX_LENGTH = 8 * PAGE
+N_REQUESTS = 64
+# Page size -> pages of the longest sequence, and all that six of them get in `settled`.
+PAGES = {16: (8, 15), 64: (4, 9)}
 AT_ONCE = 16  # requests that are open at once while others come and go
 
 Answer = dict[str, Any]  # finish, and samples: token, bits of its logprob, rank, best tokens
@@ -46,19 +47,22 @@ def use_extension(file: str) -> None:
 class Traffic:
     """An engine on a loaded model, and what its requests have been answered so far."""
 
-    def __init__(self, loaded: LoadedModel, table: AdapterTable, n_pages: int, **options: Any):
+    def __init__(
+        self, loaded: LoadedModel, table: AdapterTable, page: int, n_pages: int, **options: Any
+    ):
         from milpy import _C  # noqa: PLC0415 - after use_extension
 
         self.loaded = loaded
         self.table = table
         self.prompts = demo.requests()
+        self.max_length = page * PAGES[page][0]
         self.answers: dict[int, Answer] = {}  # by engine id, in order
         self.n_open = 0
         self.engine: _C.Engine = _C.Engine(
             loaded.model,
-            max_model_len=MAX_LENGTH,
-            page_size=PAGE,
-            kv_cache_bytes=n_pages * PAGE * loaded.config.kv_bytes_per_token(),
+            max_model_len=self.max_length,
+            page_size=page,
+            kv_cache_bytes=(1 + n_pages) * page * loaded.config.kv_bytes_per_token(),
             poison=os.environ.get("MILPY_POISON") == "1",
             **options,
         )
@@ -73,7 +77,7 @@ class Traffic:
         with self.table.held([voice]) as contents:
             id = self.engine.submit(
                 tokens,
-                max_tokens=1 + 29 * i % (MAX_LENGTH - len(tokens)),
+                max_tokens=1 + 29 * i % (self.max_length - len(tokens)),
                 stop_tokens=() if i % 3 > 0 else self.loaded.eos_token_ids,
                 adapter=contents[voice],
                 temperature=0.0 if i % 2 == 0 else 0.9,
@@ -106,10 +110,12 @@ class Traffic:
         return list(self.answers.values())
 
 
-def settled(loaded: LoadedModel, table: AdapterTable, n: int) -> Answer:
-    """16 pages for up to six sequences of up to eight, and prompts cut to fit 40 tokens a step."""
-    traffic = Traffic(loaded, table, 16, max_num_seqs=6, max_num_batched_tokens=40)
-    for i in range(n):
+def settled(loaded: LoadedModel, table: AdapterTable, page: int) -> Answer:
+    """Too few pages for the sequences, and prompts cut to fit 40 tokens a step."""
+    traffic = Traffic(
+        loaded, table, page, PAGES[page][1], max_num_seqs=6, max_num_batched_tokens=40
+    )
+    for i in range(N_REQUESTS):
         traffic.submit(i)
     traffic.loop.start()
     answers = traffic.end()
@@ -118,15 +124,21 @@ def settled(loaded: LoadedModel, table: AdapterTable, n: int) -> Answer:
     return {"answers": answers, "stats": stats}
 
 
-def live(loaded: LoadedModel, table: AdapterTable, n: int, *, cancels: bool) -> Answer:
-    """Eight sequences with a page for each token they may have: nothing but requests and cancels
-    says who runs."""
+def live(loaded: LoadedModel, table: AdapterTable, page: int, *, cancels: bool) -> Answer:
+    """Pages for all that eight sequences may have: nothing but requests and cancels says who runs,
+    and no prompt is cut or computed twice."""
     traffic = Traffic(
-        loaded, table, 1 + 8 * 8, max_num_seqs=8, max_num_batched_tokens=2048, deterministic=True
+        loaded,
+        table,
+        page,
+        8 * PAGES[page][0],
+        max_num_seqs=8,
+        max_num_batched_tokens=2048,
+        deterministic=True,
     )
     traffic.loop.start()
     doomed: dict[int, int] = {}  # id -> tokens that it may still give
-    for i in range(n):
+    for i in range(N_REQUESTS):
         if i % 8 == 4:  # new content for a name whose old content is in use
             name = demo.VOICES[1 + i // 8 % len(demo.ADAPTERS)]
             table.unload(name)
@@ -147,7 +159,7 @@ def live(loaded: LoadedModel, table: AdapterTable, n: int, *, cancels: bool) -> 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("device")
-    parser.add_argument("n_requests", type=int)
+    parser.add_argument("page_size", type=int, choices=PAGES)
     parser.add_argument("--extension")
     parser.add_argument("--cancels", action="store_true")
     options = parser.parse_args()
@@ -163,8 +175,8 @@ def main() -> None:
         table.load(name, folder)
     try:
         found: dict[str, Any] = {
-            "settled": settled(loaded, table, options.n_requests),
-            "live": live(loaded, table, options.n_requests, cancels=options.cancels),
+            "settled": settled(loaded, table, options.page_size),
+            "live": live(loaded, table, options.page_size, cancels=options.cancels),
         }
     except EngineError as problem:  # a step failed: a result like another, for a broken build
         found = {"error": str(problem)}

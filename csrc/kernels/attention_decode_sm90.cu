@@ -3,23 +3,24 @@
  * The formula, shapes, dtypes and masks of attention.cu; scores, maximum, sum and O in fp32, P
  * rounded to bf16 for P V, its sum taken before the rounding. An item is a split of a row's keys
  * for one kv head, its up to 16 query heads the rows of m16n8k16 products. Of each block of 64 keys
- * a warp has 16 for itself, with a maximum, sum and O of its own, so that warps meet once an item;
- * they are added in warp order, splits in split order: a row's bits depend on its length and window
- * alone.
+ * a warp has 16 for itself, with a maximum, sum and O of its own. Warps are added in their order,
+ * splits in theirs: a row's bits depend on its length and window alone.
  *
  * A persistent grid, two blocks an SM, walks the end of attention.cuh's list there and back. One
- * warp of a block keeps the ring full by tensor maps, over the ends of items. Bound by bytes of KV.
- */
+ * warp of a block keeps the ring full by tensor maps, over the ends of items; at an item's end the
+ * others leave their sums in shared memory and go on, and one more warp adds them up and writes.
+ * Bound by bytes of KV. */
 #include "ops/backend.h"
 
 #include "kernels/attention_sm90.cuh"
 
-#define N_WARPS 4 /* consumers, each with 16 keys of a block */
-#define N_CONSUMERS (N_WARPS * MIL_WARP)
-#define N_THREADS (N_CONSUMERS + MIL_WARP)
-#define BLOCKS 2   /* of an SM */
-#define CONSUMED 1 /* named barrier of the consumers */
-#define N_ITEMS 2  /* on their way */
+#define N_WARPS 4        /* consumers, each with 16 keys of a block */
+#define PRODUCER N_WARPS /* warp */
+#define FINISHER (N_WARPS + 1)
+#define N_THREADS ((N_WARPS + 2) * MIL_WARP)
+#define PART_ROWS 4 /* of an item that are finished at once */
+#define BLOCKS 2    /* of an SM */
+#define N_ITEMS 2   /* on their way */
 
 typedef struct queued_item {
     mil_attention_item item; /* n_rows 0: the list has ended */
@@ -37,7 +38,7 @@ struct decode_shape {
     static constexpr int Q_BYTES = MIL_ATTENTION_ROWS * D * 2;
     static constexpr int Q = STAGES * 2 * TILE_BYTES;
     static constexpr int O = Q + N_ITEMS * Q_BYTES;
-    static constexpr int SHARES = O + MIL_ATTENTION_ROWS * D * 4;
+    static constexpr int SHARES = O + N_WARPS * PART_ROWS * D * 4; /* O: [warp][row][D] fp32 */
     static constexpr int D_STEPS = D / 16;
 };
 
@@ -45,15 +46,9 @@ typedef struct decode_shared {
     queued_item items[N_ITEMS];
     uint64_t q_full[N_ITEMS], q_empty[N_ITEMS];
     uint64_t k_full[6], v_full[6], empty[6];
-    float maxima[N_WARPS][MIL_ATTENTION_ROWS];
-    float sums[N_WARPS][MIL_ATTENTION_ROWS];
-    int32_t is_last;
+    uint64_t o_full, o_empty;
+    float2 sums[N_WARPS][PART_ROWS]; /* maximum and sum, with O */
 } decode_shared;
-
-static __device__ __forceinline__ void sync_consumers()
-{
-    mil_named_sync(CONSUMED, N_CONSUMERS);
-}
 
 /* ---- the producer ---- */
 
@@ -128,9 +123,9 @@ static __device__ __forceinline__ void produce(const mil_attention_sm90 &p,
                     mil_barrier_expect(full, Shape::TILE_BYTES);
 #pragma unroll
                     for (int half = 0; half < Shape::HALVES; half++)
-                        mil_copy_box(memory + (2 * stage + is_v) * Shape::TILE_BYTES +
-                                         half * MIL_BOX_BYTES,
-                                     is_v ? v_map : k_map, 64 * half, row, full);
+                        mil_copy_box_once(memory + (2 * stage + is_v) * Shape::TILE_BYTES +
+                                              half * MIL_BOX_BYTES,
+                                          is_v ? v_map : k_map, 64 * half, row, full);
                 }
             __syncwarp();
         }
@@ -266,119 +261,195 @@ add_block(row_state<Shape> &state, const uint32_t (&q)[Shape::D_STEPS][4],
 
 /* ---- the end of an item ---- */
 
-static __device__ __forceinline__ float maximum_of(const decode_shared *shared, int32_t row)
+/* Where column `column` (even) of a warp's row lies: rows of a part in different banks. */
+static __device__ __forceinline__ int32_t place_of(int32_t row, int32_t column)
 {
-    float maximum = shared->maxima[0][row];
-#pragma unroll
-    for (int i = 1; i < N_WARPS; i++)
-        maximum = fmaxf(maximum, shared->maxima[i][row]);
-    return maximum;
+    return column ^ (row % PART_ROWS * 8);
 }
 
-static __device__ __forceinline__ float sum_of(const decode_shared *shared, int32_t row)
-{
-    float sum = shared->sums[0][row];
-#pragma unroll
-    for (int i = 1; i < N_WARPS; i++)
-        sum += shared->sums[i][row];
-    return sum;
-}
-
-/* The warps' maxima and sums become one, O their sum in shared memory. */
+/* A warp hands its rows over, PART_ROWS at a time. n: parts handed over so far. */
 template <class Shape>
-static __device__ __forceinline__ void join_warps(row_state<Shape> &state, decode_shared *shared,
-                                                  float *sum, int32_t n_rows)
+static __device__ __forceinline__ void hand_over(row_state<Shape> &state, decode_shared *shared,
+                                                 float *sums, int32_t n_rows, uint32_t *n)
 {
     const int32_t lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         state.sum[r] += __shfl_xor_sync(0xffffffffu, state.sum[r], 1);
         state.sum[r] += __shfl_xor_sync(0xffffffffu, state.sum[r], 2);
-        if (lane % 4 == 0)
-            shared->maxima[warp][lane / 4 + 8 * r] = state.maximum[r];
     }
-    sync_consumers();
+    for (int32_t first = 0; first < n_rows; first += PART_ROWS, ++*n) {
+        mil_barrier_wait(mil_shared_address(&shared->o_empty), (*n & 1) ^ 1);
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const float maximum = maximum_of(shared, lane / 4 + 8 * r);
-        const float shrink = mil_exp2(state.maximum[r] - maximum);
-        state.maximum[r] = maximum;
-        if (lane % 4 == 0)
-            shared->sums[warp][lane / 4 + 8 * r] = state.sum[r] * shrink;
+        for (int r = 0; r < 2; r++) {
+            const int32_t row = lane / 4 + 8 * r;
+            if (row < first || row >= first + PART_ROWS)
+                continue;
+            float *to = sums + (warp * PART_ROWS + row % PART_ROWS) * Shape::D;
+            if (lane % 4 == 0)
+                shared->sums[warp][row % PART_ROWS] = make_float2(state.maximum[r], state.sum[r]);
 #pragma unroll
-        for (int i = 0; i < 2 * Shape::D_STEPS; i++) {
-            state.o[i][2 * r] *= shrink;
-            state.o[i][2 * r + 1] *= shrink;
+            for (int i = 0; i < 2 * Shape::D_STEPS; i++)
+                *(float2 *)(to + place_of(row, 8 * i + 2 * (lane % 4))) =
+                    make_float2(state.o[i][2 * r], state.o[i][2 * r + 1]);
         }
-    }
-    for (int32_t turn = 0; turn < N_WARPS; turn++) {
-        if (turn == warp)
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-                if (lane / 4 + 8 * r < n_rows)
-#pragma unroll
-                    for (int i = 0; i < 2 * Shape::D_STEPS; i++) {
-                        float2 *at = (float2 *)(sum + (lane / 4 + 8 * r) * Shape::D + 8 * i +
-                                                2 * (lane % 4));
-                        const float2 before = turn == 0 ? make_float2(0.0f, 0.0f) : *at;
-                        *at = make_float2(before.x + state.o[i][2 * r],
-                                          before.y + state.o[i][2 * r + 1]);
-                    }
-        sync_consumers();
+        __syncwarp();
+        if (lane == 0)
+            mil_barrier_arrive(mil_shared_address(&shared->o_full));
     }
 }
 
-/* True in the block whose split of a row came last, for all its consumers. */
-static __device__ __forceinline__ bool is_last_split(int32_t *counter, int32_t n_splits,
-                                                     int32_t *is_last)
-{
-    __threadfence();
-    sync_consumers();
-    if (threadIdx.x == 0)
-        *is_last = mil_attention_count(counter, n_splits);
-    sync_consumers();
-    if (*is_last == 0)
-        return false;
-    __threadfence();
-    return true;
-}
-
-/* Rows of a whole item as bf16, of a split in fp32 to its place; by the block of the last split
- * their sum. */
+/* Four columns of a row, over the warps in order; *total: its maximum and sum. */
 template <class Shape>
-static __device__ __forceinline__ void store_rows(const mil_attention_sm90 &p,
-                                                  decode_shared *shared, const queued_item *queued,
-                                                  const float *sum)
+static __device__ __forceinline__ float4 join_warps(const decode_shared *shared, const float *sums,
+                                                    int32_t row, int32_t column, float2 *total)
+{
+    float2 part[N_WARPS];
+    float maximum = MIL_ATTENTION_NO_MAXIMUM, sum = 0.0f;
+    float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < N_WARPS; i++) {
+        part[i] = shared->sums[i][row];
+        maximum = fmaxf(maximum, part[i].x);
+    }
+#pragma unroll
+    for (int i = 0; i < N_WARPS; i++) {
+        const float weight = mil_exp2(part[i].x - maximum);
+        const float4 v =
+            *(const float4 *)(sums + (i * PART_ROWS + row) * Shape::D + place_of(row, column));
+        sum = fmaf(weight, part[i].y, sum);
+        o.x = fmaf(weight, v.x, o.x);
+        o.y = fmaf(weight, v.y, o.y);
+        o.z = fmaf(weight, v.z, o.z);
+        o.w = fmaf(weight, v.w, o.w);
+    }
+    *total = make_float2(maximum, sum);
+    return o;
+}
+
+static __device__ __forceinline__ void store_4(uint16_t *to, float4 o, float sum)
+{
+    const float inverse = 1.0f / sum;
+    *(uint2 *)to = make_uint2(mil_pack2(o.x * inverse, o.y * inverse),
+                              mil_pack2(o.z * inverse, o.w * inverse));
+}
+
+/* Rows first .. of an item: as bf16 where it is whole, in fp32 to the split's place where not. */
+template <class Shape>
+static __device__ __forceinline__ void
+store_part(const mil_attention_sm90 &p, const decode_shared *shared, const float *sums,
+           const mil_attention_item *item, int64_t out_row, int64_t partial_row, int32_t first)
 {
     constexpr int COLUMNS = Shape::D / 4;
-    const mil_attention_item *item = &queued->item;
-    const int64_t first_row = mil_attention_row(item, queued->kv_head, 0, p.group, p.n_heads);
-    const int64_t first_partial =
-        (int64_t)item->partial * p.n_heads + queued->kv_head * p.group + item->first_row;
-    const int64_t own_partial = first_partial + (int64_t)item->split * p.n_heads;
-    for (int32_t i = threadIdx.x; i < item->n_rows * COLUMNS; i += N_CONSUMERS) {
-        const int32_t row = i / COLUMNS;
-        const float4 o = *(const float4 *)(sum + 4 * i);
-        if (item->n_splits > 1) {
-            *(float4 *)(p.partials.o + own_partial * Shape::D + 4 * i) = o;
+    const int32_t n_rows = min(item->n_rows - first, PART_ROWS);
+    for (int32_t i = threadIdx.x % MIL_WARP; i < n_rows * COLUMNS; i += MIL_WARP) {
+        const int32_t row = i / COLUMNS, column = 4 * (i % COLUMNS);
+        float2 total;
+        const float4 o = join_warps<Shape>(shared, sums, row, column, &total);
+        if (item->n_splits == 1) {
+            store_4(p.out + (out_row + first + row) * Shape::D + column, o, total.y);
             continue;
         }
-        const float inverse = 1.0f / sum_of(shared, row);
-        *(uint2 *)(p.out + first_row * Shape::D + 4 * i) = make_uint2(
-            mil_pack2(o.x * inverse, o.y * inverse), mil_pack2(o.z * inverse, o.w * inverse));
+        const int64_t at = partial_row + first + row;
+        *(float4 *)(p.partials.o + at * Shape::D + column) = o;
+        if (column == 0)
+            p.partials.sums[at] = total;
     }
-    if (item->n_splits == 1)
-        return;
-    const int32_t thread = threadIdx.x, warp = threadIdx.x / MIL_WARP;
-    if (thread < item->n_rows)
-        p.partials.sums[own_partial + thread] =
-            make_float2(maximum_of(shared, thread), sum_of(shared, thread));
-    int32_t *counter = &p.places.counters[(int64_t)item->counter * p.n_kv_heads + queued->kv_head];
-    if (!is_last_split(counter, item->n_splits, &shared->is_last))
-        return;
-    for (int32_t row = warp; row < item->n_rows; row += N_WARPS)
-        mil_attention_merge(p.out + (first_row + row) * Shape::D, p.partials, first_partial + row,
-                            p.n_heads, item->n_splits, Shape::D);
+}
+
+/* The splits of PART_ROWS rows become one, in their order, whoever came last. */
+template <class Shape>
+static __device__ __forceinline__ void merge_part(const mil_attention_sm90 &p,
+                                                  const mil_attention_item *item, int64_t out_row,
+                                                  int64_t partial_row, int32_t first)
+{
+    constexpr int COLUMNS = Shape::D / 4, TURNS = PART_ROWS * COLUMNS / MIL_WARP;
+    const int32_t lane = threadIdx.x % MIL_WARP;
+    float maximum[TURNS], sum[TURNS] = {};
+    float4 o[TURNS] = {};
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        maximum[i] = MIL_ATTENTION_NO_MAXIMUM;
+        const int64_t at =
+            partial_row + min(first + (i * MIL_WARP + lane) / COLUMNS, item->n_rows - 1);
+#pragma unroll 4
+        for (int32_t s = 0; s < item->n_splits; s++)
+            maximum[i] = fmaxf(maximum[i], __ldcg(&p.partials.sums[at + (int64_t)s * p.n_heads]).x);
+    }
+#pragma unroll 2
+    for (int32_t s = 0; s < item->n_splits; s++)
+#pragma unroll
+        for (int i = 0; i < TURNS; i++) {
+            const int32_t row = min(first + (i * MIL_WARP + lane) / COLUMNS, item->n_rows - 1);
+            const int64_t at = partial_row + row + (int64_t)s * p.n_heads;
+            const float2 part = __ldcg(&p.partials.sums[at]);
+            const float4 v = __ldcg((const float4 *)(p.partials.o + at * Shape::D) +
+                                    (i * MIL_WARP + lane) % COLUMNS);
+            const float weight = mil_exp2(part.x - maximum[i]);
+            sum[i] = fmaf(weight, part.y, sum[i]);
+            o[i].x = fmaf(weight, v.x, o[i].x);
+            o[i].y = fmaf(weight, v.y, o[i].y);
+            o[i].z = fmaf(weight, v.z, o[i].z);
+            o[i].w = fmaf(weight, v.w, o[i].w);
+        }
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        const int32_t row = first + (i * MIL_WARP + lane) / COLUMNS;
+        if (row < item->n_rows)
+            store_4(p.out + (out_row + row) * Shape::D + 4 * ((i * MIL_WARP + lane) % COLUMNS),
+                    o[i], sum[i]);
+    }
+}
+
+/* True for the whole warp where its split of the item's rows came last. */
+static __device__ __forceinline__ bool is_last_split(const mil_attention_sm90 &p,
+                                                     const queued_item *queued)
+{
+    const mil_attention_item *item = &queued->item;
+    int32_t is_last = 0;
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % MIL_WARP == 0)
+        is_last = mil_attention_count(
+            &p.places.counters[(int64_t)item->counter * p.n_kv_heads + queued->kv_head],
+            item->n_splits);
+    is_last = __shfl_sync(0xffffffffu, is_last, 0);
+    __threadfence();
+    return is_last != 0;
+}
+
+template <class Shape>
+static __device__ __forceinline__ void finish(const mil_attention_sm90 &p, decode_shared *shared,
+                                              const float *sums)
+{
+    const bool is_first_lane = threadIdx.x % MIL_WARP == 0;
+    uint32_t n_parts = 0;
+    for (uint32_t n = 0;; n++) {
+        const uint32_t slot = n % N_ITEMS;
+        const queued_item *queued = &shared->items[slot];
+        const mil_attention_item *item = &queued->item;
+        mil_barrier_wait(mil_shared_address(&shared->q_full[slot]), n / N_ITEMS & 1);
+        const int32_t n_rows = item->n_rows;
+        if (n_rows == 0)
+            return;
+        const int64_t out_row = mil_attention_row(item, queued->kv_head, 0, p.group, p.n_heads);
+        const int64_t first_partial =
+            (int64_t)item->partial * p.n_heads + queued->kv_head * p.group + item->first_row;
+        const int64_t own_partial = first_partial + (int64_t)item->split * p.n_heads;
+        for (int32_t first = 0; first < n_rows; first += PART_ROWS, n_parts++) {
+            mil_barrier_wait(mil_shared_address(&shared->o_full), n_parts & 1);
+            store_part<Shape>(p, shared, sums, item, out_row, own_partial, first);
+            __syncwarp();
+            if (is_first_lane)
+                mil_barrier_arrive(mil_shared_address(&shared->o_empty));
+        }
+        if (item->n_splits > 1 && is_last_split(p, queued))
+            for (int32_t first = 0; first < n_rows; first += PART_ROWS)
+                merge_part<Shape>(p, item, out_row, first_partial, first);
+        __syncwarp();
+        if (is_first_lane)
+            mil_barrier_arrive(mil_shared_address(&shared->q_empty[slot]));
+    }
 }
 
 /* ---- the consumers ---- */
@@ -388,7 +459,7 @@ static __device__ __forceinline__ void consume(const mil_attention_sm90 &p, char
                                                decode_shared *shared)
 {
     const uint32_t memory = mil_shared_address(bytes), lane = threadIdx.x % MIL_WARP;
-    uint32_t block = 0;
+    uint32_t block = 0, n_parts = 0;
     for (uint32_t n = 0;; n++) {
         const uint32_t slot = n % N_ITEMS;
         const queued_item *queued = &shared->items[slot];
@@ -412,9 +483,7 @@ static __device__ __forceinline__ void consume(const mil_attention_sm90 &p, char
             if (lane == 0)
                 mil_barrier_arrive(mil_shared_address(&shared->empty[stage]));
         }
-        float *sum = (float *)(bytes + Shape::O);
-        join_warps(state, shared, sum, queued->item.n_rows);
-        store_rows<Shape>(p, shared, queued, sum);
+        hand_over(state, shared, (float *)(bytes + Shape::O), queued->item.n_rows, &n_parts);
         __syncwarp();
         if (lane == 0)
             mil_barrier_arrive(mil_shared_address(&shared->q_empty[slot]));
@@ -440,20 +509,25 @@ static __global__ void __launch_bounds__(N_THREADS, BLOCKS)
         mil_prefetch_map(&v_map);
         for (int i = 0; i < N_ITEMS; i++) {
             mil_barrier_init(mil_shared_address(&shared->q_full[i]), 1);
-            mil_barrier_init(mil_shared_address(&shared->q_empty[i]), N_WARPS);
+            mil_barrier_init(mil_shared_address(&shared->q_empty[i]), N_WARPS + 1);
         }
         for (int i = 0; i < Shape::STAGES; i++) {
             mil_barrier_init(mil_shared_address(&shared->k_full[i]), 1);
             mil_barrier_init(mil_shared_address(&shared->v_full[i]), 1);
             mil_barrier_init(mil_shared_address(&shared->empty[i]), N_WARPS);
         }
+        mil_barrier_init(mil_shared_address(&shared->o_full), N_WARPS);
+        mil_barrier_init(mil_shared_address(&shared->o_empty), 1);
         mil_barrier_init_done();
     }
     __syncthreads();
     mil_wait_for_previous();
     mil_let_next_start();
-    if (threadIdx.x >= N_CONSUMERS)
+    const uint32_t warp = threadIdx.x / MIL_WARP;
+    if (warp == PRODUCER)
         produce<Shape>(p, &k_map, &v_map, mil_shared_address(memory), shared);
+    else if (warp == FINISHER)
+        finish<Shape>(p, shared, (const float *)(memory + Shape::O));
     else
         consume<Shape>(p, memory, shared);
 }

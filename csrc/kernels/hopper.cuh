@@ -68,6 +68,18 @@ static __device__ __forceinline__ void mil_copy_box(uint32_t shared, const void 
                  : "memory");
 }
 
+/* The same, leaving other data in L2. */
+static __device__ __forceinline__ void
+mil_copy_box_once(uint32_t shared, const void *map, int32_t column, int32_t row, uint32_t barrier)
+{
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
 /* n_bytes (a multiple of 16) of global memory, both ends 16-byte aligned. */
 static __device__ __forceinline__ void mil_copy_bulk(uint32_t shared, const void *global,
                                                      uint32_t n_bytes, uint32_t barrier)
@@ -116,7 +128,8 @@ static __device__ __forceinline__ void mil_wgmma_fence()
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-/* Registers of a product are written before the fence, and not by an instruction moved behind it. */
+/* Registers of a product are written before the fence, and not by an instruction moved behind it.
+ */
 template <int N>
 static __device__ __forceinline__ void mil_settle(float (&x)[N])
 {

@@ -29,6 +29,7 @@ static struct {
     uint64_t n_free;
     int32_t n_graphs; /* that are there */
     int32_t n_captured;
+    int32_t n_launched;
     bool is_capturing;
     bool is_loaded;
     run runs[MAX_RUNS]; /* steps that have begun */
@@ -118,6 +119,14 @@ static mil_status capture_end(struct mil_queue *queue, struct mil_graph **out)
     return MIL_OK;
 }
 
+static mil_status graph_launch(struct mil_queue *queue, struct mil_graph *graph)
+{
+    (void)queue;
+    CHECK(graph != NULL);
+    meter.n_launched++;
+    return MIL_OK;
+}
+
 static void graph_free(struct mil_queue *queue, struct mil_graph *graph)
 {
     (void)queue;
@@ -145,6 +154,7 @@ static const mil_device DEVICE = {
     .wait = fence,
     .capture_begin = capture_begin,
     .capture_end = capture_end,
+    .graph_launch = graph_launch,
     .graph_free = graph_free,
 };
 
@@ -306,6 +316,60 @@ TEST(without_graphs_kernels_are_loaded_all_the_same)
     CHECK_INT(taken.graph_bytes, KERNEL_BYTES);
     mil_runner_free(runner);
     rig_close(&r);
+}
+
+/* A step of new sequences of n_tokens each, with a row of logits for each. */
+static run step(mil_runner *runner, int32_t n_seqs, int32_t n_tokens)
+{
+    mil_batch b;
+    mil_plan_view(mil_runner_plan(runner), &b);
+    for (int32_t s = 0; s < n_seqs; s++) {
+        b.slot_sets[b.header->n_slot_sets++] =
+            (mil_slot_set){s, MIL_NO_ADAPTER, {.top_p = 1.0f, .n_logprobs = -1}};
+        b.page_sets[b.header->n_page_sets++] = (mil_page_set){s, 0, s};
+        for (int32_t i = 0; i < n_tokens; i++) {
+            b.tokens[b.header->n_tokens] = i;
+            b.positions[b.header->n_tokens++] = i;
+        }
+        b.logit_rows[s] = b.header->n_tokens - 1;
+        b.logit_slots[s] = b.seq_slot[s] = s;
+        b.logit_feeds[s] = 1;
+        b.kv_lengths[s] = n_tokens;
+        b.query_indptr[s + 1] = b.header->n_tokens;
+    }
+    b.header->n_seqs = b.header->n_logit_rows = n_seqs;
+    meter.n_runs = meter.n_launched = 0;
+    CHECK_INT(mil_runner_enter(runner), MIL_OK);
+    CHECK_INT(mil_runner_step(runner, NULL, NULL), MIL_OK);
+    mil_runner_leave(runner);
+    CHECK_INT(meter.n_runs, 1);
+    return meter.runs[0];
+}
+
+static void check_buckets(bool has_graphs)
+{
+    rig r;
+    mil_runner *runner;
+    rig_open(&r);
+    r.options.n_pages = MAX_SEQS;
+    r.options.has_graphs = has_graphs;
+    CHECK_INT(mil_runner_create(&runner, r.model, &r.options), MIL_OK);
+    run single = step(runner, 3, 1);
+    CHECK_INT(single.n_tokens, 4);
+    CHECK_INT(single.n_logit_rows, 4);
+    CHECK_INT(meter.n_launched, has_graphs ? 2 : 0);
+    run chunks = step(runner, 3, 5);
+    CHECK_INT(chunks.n_tokens, 15);
+    CHECK_INT(chunks.n_logit_rows, 3);
+    CHECK_INT(meter.n_launched, 0);
+    mil_runner_free(runner);
+    rig_close(&r);
+}
+
+TEST(a_step_has_the_shape_of_its_bucket_with_graphs_and_without)
+{
+    check_buckets(true);
+    check_buckets(false);
 }
 
 TEST(an_allocation_that_fails_gives_all_back)

@@ -3,6 +3,8 @@
 #include "fake_backend.h"
 #include "loader/progress.h"
 
+#include <pthread.h>
+
 /* Row-major [N, K] bf16 with the parts' rows as given. */
 static mil_weight make_weight(int32_t K, int32_t n_parts, const int32_t *rows, int32_t interleave)
 {
@@ -68,6 +70,44 @@ static void add(rig *r, const char *name, mil_dtype dtype, int64_t rows, int64_t
 static const mil_dtype float_dtypes[] = {MIL_DTYPE_F32, MIL_DTYPE_BF16, MIL_DTYPE_F16};
 
 /* ---- weights ---- */
+
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t second;
+    int32_t n_entered;
+} meeting = {.lock = PTHREAD_MUTEX_INITIALIZER, .second = PTHREAD_COND_INITIALIZER};
+
+/* As a device's copy that takes until another window has been read and is on its way too. */
+static mil_status slow_pack(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,
+                            int32_t n_rows, void *src, mil_dtype dtype, int64_t src_stride)
+{
+    pthread_mutex_lock(&meeting.lock);
+    meeting.n_entered++;
+    pthread_cond_broadcast(&meeting.second);
+    while (meeting.n_entered < 2)
+        pthread_cond_wait(&meeting.second, &meeting.lock);
+    pthread_mutex_unlock(&meeting.lock);
+    return fake_pack(queue, weight, part, row, n_rows, src, dtype, src_stride);
+}
+
+/* One after the other they would wait for ever. */
+TEST(a_window_is_read_while_another_is_converted_and_copied)
+{
+    rig r = {0};
+    mil_backend backend = fake_backend;
+    static const mil_slice whole = {8192, 512, 0, 8192, 0, 512};
+    checkpoint_init(&r.files);
+    add(&r, "w", MIL_DTYPE_F32, 8192, 512);
+    rig_open(&r, 2);
+    mil_loader_free(r.loader);
+    backend.pack = slow_pack;
+    CHECK_INT(mil_loader_create(&r.loader, r.source, &backend, NULL, 2, NULL), MIL_OK);
+    mil_weight weight = make_weight(512, 1, (int32_t[]){8192}, 0);
+    CHECK_INT(mil_loader_weight(r.loader, &weight, 0, "w", &whole), MIL_OK);
+    check_part(&weight, 0, &r.files, 0, &whole);
+    free(weight.data);
+    rig_close(&r);
+}
 
 /* 2,100 rows of 300 or 600 bytes and more are several windows, the last one short. */
 TEST(slices_of_every_dtype_land_rounded_on_any_number_of_threads)

@@ -1,7 +1,8 @@
 /* File -> this rank's slice -> packed slab, in one pass: peak memory is one copy plus the windows.
  *
  * A loader reads windows of a MiB on its threads and hands each to the backend's pack while it
- * is still in cache. It knows slices, not model families. */
+ * is still in cache. A device's windows are pinned, one for each thread: while one thread's rows
+ * are on their way, others read and convert. It knows slices, not model families. */
 #pragma once
 
 #include "loader/adapter.h"

@@ -6,7 +6,7 @@
 #include "model/runner.h"
 
 #include "base/machine.h"
-#include "model/state.h"
+#include "model/warmup.h"
 #include "ops/chaos.h"
 
 #include <stdlib.h>
@@ -39,19 +39,11 @@ struct mil_runner {
     bool is_entered;
     bool is_dead;
     mil_thread_state thread_state;
-    /* The step that is submitted. */
-    ring_entry *entry;
-    mil_batch batch; /* the host's view */
-    int32_t bucket;  /* that its launches are shaped by, -1: by what is there */
-    float *logits;
+    mil_rank_step step; /* that is submitted */
+    int32_t bucket;     /* that its launches are shaped by, -1: by what is there */
 };
 
 /* ---- sizes ---- */
-
-static int32_t smaller(int32_t a, int32_t b)
-{
-    return a < b ? a : b;
-}
 
 /* SIZE_MAX where it does not fit in one. */
 static size_t sum_of(size_t a, size_t b)
@@ -155,6 +147,8 @@ static mil_status init_runner(mil_runner *runner)
     runner->n_free_before = memory.n_free;
     MIL_TRY(mil_alloc_checked((void **)&runner->states, (size_t)model->world, sizeof(mil_state),
                               "runner"));
+    runner->step =
+        (mil_rank_step){.model = model, .states = runner->states, .limits = &options->limits};
     size_t ring_bytes = place_ring(runner->ring, model, &options->limits, NULL);
     MIL_TRY(model->backend->device->alloc_host(model->ranks[0].queue, &runner->ring_slab,
                                                ring_bytes, "plans"));
@@ -206,223 +200,51 @@ void mil_runner_leave(mil_runner *runner)
 
 /* ---- the step of one rank ---- */
 
-/* Logits and choice of one block of rows. */
-static mil_status sample_block(const mil_runner *runner, const mil_step *step, int32_t rank,
-                               int32_t begin, int32_t n_rows)
+static mil_status run_batch(const mil_runner *runner, const mil_batch *batch, int32_t rank)
 {
-    const mil_decoder *decoder = &runner->model->ranks[rank].decoder;
     const mil_device *device = runner->model->backend->device;
     const mil_state *state = &runner->states[rank];
-    size_t vocab = (size_t)runner->model->config.vocab;
-    MIL_TRY(mil_decoder_logits(decoder, step, &state->activations, begin, n_rows));
-    const mil_sample_args args = {
-        .out = state->samples + begin,
-        .logits = state->activations.logits,
-        .batch = step->batch,
-        .slots = step->slots,
-        .first_row = begin,
-        .n_rows = n_rows,
-        .vocab = runner->model->config.vocab,
-        .ld = mil_head_ld(&decoder->head),
-    };
-    MIL_TRY(runner->model->backend->sample(step->context, &args));
-    for (int32_t row = 0; rank == 0 && runner->logits != NULL && row < n_rows; row++)
-        MIL_TRY(device->copy_out(step->context->queue,
-                                 runner->logits + (size_t)(begin + row) * vocab,
-                                 args.logits + row * args.ld, vocab * sizeof(float)));
-    return MIL_OK;
-}
-
-static mil_status forward(const mil_runner *runner, const mil_step *step, int32_t rank)
-{
-    return mil_decoder_forward(&runner->model->ranks[rank].decoder, step,
-                               &runner->states[rank].activations);
-}
-
-static mil_status choose(const mil_runner *runner, const mil_step *step, int32_t rank)
-{
-    int32_t n_rows = step->batch->header->bucket_logit_rows;
-    int32_t block = mil_logit_block(runner->model->backend, &runner->options.limits);
-    for (int32_t begin = 0; begin < n_rows; begin += block) {
-        int32_t n = n_rows - begin < block ? n_rows - begin : block;
-        MIL_TRY(sample_block(runner, step, rank, begin, n));
-    }
-    return MIL_OK;
-}
-
-static mil_status begin_step(const mil_runner *runner, mil_state *state, const mil_batch *batch,
-                             int32_t rank)
-{
-    const mil_begin_args args = {
-        .plan = runner->entry->plan,
-        .batch = batch,
-        .adapters = runner->entry->adapters +
-                    (size_t)rank * (size_t)runner->options.limits.max_adapter_slots,
-        .slots = &state->slots,
-        .lora = &state->lora,
-        .kv = &state->kv,
-        .tokens = state->activations.tokens,
-        .n_heads = runner->model->ranks[rank].shard.n_heads,
-    };
-    return runner->model->backend->begin(&state->context, &args);
-}
-
-static mil_step step_of(const mil_runner *runner, mil_state *state, const mil_batch *batch,
-                        int32_t rank)
-{
-    return (mil_step){
-        .context = &state->context,
-        .comm = runner->model->comms[rank],
-        .batch = batch,
-        .slots = &state->slots,
-        .kv = &state->kv,
-        .lora = &state->lora,
-        .lora_v = state->activations.lora_v,
-        .lora_rank = mil_state_lora_rank(state, &runner->batch),
-        .cos_table = state->cos_table,
-        .sin_table = state->sin_table,
-        .wide = state->activations.wide,
-        .narrow = state->activations.narrow,
-    };
-}
-
-static mil_status run_batch(const mil_runner *runner, mil_state *state, const mil_batch *batch,
-                            int32_t rank)
-{
-    const mil_device *device = runner->model->backend->device;
     if (runner->bucket >= 0 && runner->options.has_graphs) {
         bool has_lora = batch->header->bucket_segments > 0;
         struct mil_queue *queue = state->context.queue;
         MIL_TRY(device->graph_launch(queue, state->graphs.forward[runner->bucket][has_lora]));
         return device->graph_launch(queue, state->graphs.choice[runner->bucket]);
     }
-    const mil_step step = step_of(runner, state, batch, rank);
-    MIL_TRY(forward(runner, &step, rank));
-    return choose(runner, &step, rank);
+    const mil_step step = mil_rank_operands(&runner->step, batch, rank);
+    MIL_TRY(mil_rank_forward(&runner->step, &step, rank));
+    return mil_rank_choose(&runner->step, &step, rank);
 }
 
 /* Every rank chooses the same tokens from the same logits; rank 0's samples are the ones read. */
-static mil_status send_samples(const mil_runner *runner, const mil_state *state)
+static mil_status send_samples(const mil_runner *runner, const mil_state *state, int32_t index)
 {
-    size_t n_bytes = (size_t)runner->batch.header->n_logit_rows * sizeof(mil_sample);
+    size_t n_bytes = (size_t)runner->step.batch.header->n_logit_rows * sizeof(mil_sample);
     return n_bytes == 0 ? MIL_OK
                         : runner->model->backend->device->send_out(state->context.queue,
-                                                                   runner->entry->samples,
+                                                                   runner->ring[index].samples,
                                                                    state->samples, n_bytes);
 }
 
 static mil_status step_rank(void *argument, int32_t rank)
 {
-    mil_runner *runner = argument;
-    const mil_device *device = runner->model->backend->device;
-    mil_state *state = &runner->states[rank];
-    mil_batch batch = runner->batch;
-    if (!device->is_host)
-        mil_plan_view_at(runner->entry->plan, state->plan, &batch);
-    MIL_TRY(begin_step(runner, state, &batch, rank));
+    const mil_runner *runner = argument;
+    const mil_state *state = &runner->states[rank];
+    const mil_batch batch = mil_rank_batch(&runner->step, rank);
+    int32_t index = (int32_t)(runner->n_submitted % RING_DEPTH);
+    MIL_TRY(mil_rank_begin(&runner->step, &batch, rank));
     if (batch.header->n_tokens > 0)
-        MIL_TRY(run_batch(runner, state, &batch, rank));
+        MIL_TRY(run_batch(runner, &batch, rank));
     if (rank != 0)
         return MIL_OK;
-    MIL_TRY(send_samples(runner, state));
-    return device->record(state->context.queue, (int32_t)(runner->n_submitted % RING_DEPTH));
+    MIL_TRY(send_samples(runner, state, index));
+    return runner->model->backend->device->record(state->context.queue, index);
 }
 
-/* ---- graphs ---- */
-
-/* A plan of these buckets with nothing in it: it runs, and changes nothing that outlives a step. */
-static mil_batch empty_batch(mil_runner *runner, int32_t n_tokens, int32_t n_logit_rows,
-                             bool has_chunks, bool has_lora)
+/* What the next step is made of. */
+static void aim_at(mil_runner *runner, const ring_entry *entry)
 {
-    const mil_plan_limits *limits = &runner->options.limits;
-    runner->entry = &runner->ring[0];
-    mil_plan_reset(runner->entry->plan, limits, 0);
-    mil_plan_view(runner->entry->plan, &runner->batch);
-    mil_plan_header *header = runner->batch.header;
-    header->bucket_seqs = smaller(n_tokens, limits->max_seqs);
-    header->bucket_tokens = n_tokens;
-    header->bucket_chunks = has_chunks ? header->bucket_seqs : 0;
-    header->bucket_logit_rows = n_logit_rows;
-    header->bucket_segments = has_lora ? limits->max_adapter_slots : 0;
-    runner->bucket = -1;
-    mil_batch batch = runner->batch;
-    mil_plan_view_at(runner->entry->plan, runner->states[0].plan, &batch);
-    return batch;
-}
-
-/* An empty step of one layer, all layers being of one shape. */
-static mil_status warm_rows(mil_runner *runner, int32_t n_tokens, int32_t n_logit_rows,
-                            bool has_lora)
-{
-    const mil_model *model = runner->model;
-    mil_state *state = &runner->states[0];
-    mil_decoder one = model->ranks[0].decoder;
-    one.n_layers = 1;
-    mil_batch batch = empty_batch(runner, n_tokens, n_logit_rows, true, has_lora);
-    const mil_step step = step_of(runner, state, &batch, 0);
-    MIL_TRY(begin_step(runner, state, &batch, 0));
-    MIL_TRY(mil_decoder_forward(&one, &step, &state->activations));
-    MIL_TRY(choose(runner, &step, 0));
-    /* The plan is read by the device, and the next one is written over it. */
-    return model->backend->device->synchronize(state->context.queue);
-}
-
-/* Run every kernel that a step may need. The driver loads a kernel into device memory when it is
- * first used, and that shall be before the memory is measured, in no capture and in no step. */
-static mil_status warm_up(mil_runner *runner)
-{
-    const mil_plan_limits *limits = &runner->options.limits;
-    int32_t (*rows_alike)(int32_t) = runner->model->backend->rows_alike;
-    for (int32_t first = 1, last; first <= limits->max_tokens; first = last + 1) {
-        last = smaller(rows_alike(first), limits->max_tokens);
-        bool has_logits = first <= limits->max_logit_rows;
-        int32_t n_logit_rows = has_logits ? smaller(last, limits->max_logit_rows) : 0;
-        MIL_TRY(warm_rows(runner, last, n_logit_rows, false));
-        if (limits->max_adapter_slots > 0)
-            MIL_TRY(warm_rows(runner, last, 0, true));
-    }
-    return MIL_OK;
-}
-
-static mil_status capture(const mil_runner *runner, const mil_step *step,
-                          mil_status (*part)(const mil_runner *, const mil_step *, int32_t),
-                          struct mil_graph **out)
-{
-    const mil_device *device = runner->model->backend->device;
-    MIL_TRY(device->capture_begin(step->context->queue));
-    mil_status status = part(runner, step, 0);
-    /* Ended whatever happened, or the queue could never run again; *out is NULL for what failed. */
-    mil_status ended = device->capture_end(step->context->queue, out);
-    return status != MIL_OK ? status : ended;
-}
-
-static mil_status capture_bucket(mil_runner *runner, int32_t index, bool has_lora)
-{
-    mil_state *state = &runner->states[0];
-    mil_graphs *graphs = &state->graphs;
-    int32_t size = graphs->sizes[index];
-    mil_batch batch = empty_batch(runner, size, size, false, has_lora);
-    const mil_step step = step_of(runner, state, &batch, 0);
-    MIL_TRY(capture(runner, &step, forward, &graphs->forward[index][has_lora]));
-    return has_lora ? MIL_OK : capture(runner, &step, choose, &graphs->choice[index]);
-}
-
-static mil_status capture_all(mil_runner *runner)
-{
-    const mil_plan_limits *limits = &runner->options.limits;
-    mil_graphs *graphs = &runner->states[0].graphs;
-    if (runner->model->backend->device->capture_begin == NULL)
-        return MIL_OK;
-    /* Without graphs too: a step run op by op in its bucket has the bits of the replayed one. */
-    mil_graphs_init(graphs, smaller(limits->max_seqs, limits->max_tokens));
-    if (!runner->options.has_graphs)
-        return MIL_OK;
-    for (int32_t i = 0; i < graphs->n_buckets; i++) {
-        MIL_TRY(capture_bucket(runner, i, false));
-        if (limits->max_adapter_slots > 0)
-            MIL_TRY(capture_bucket(runner, i, true));
-    }
-    return MIL_OK;
+    runner->step.plan = entry->plan;
+    runner->step.adapters = entry->adapters;
 }
 
 /* ---- pages ---- */
@@ -435,11 +257,12 @@ static mil_status prepare_steps(mil_runner *runner)
         return MIL_OK;
     /* The queue is the model's: what another driver put on it meanwhile would be captured too. */
     pthread_mutex_lock(&model->step_lock);
+    aim_at(runner, &runner->ring[0]);
     if (!runner->is_warm)
-        status = warm_up(runner);
+        status = mil_warmup_kernels(&runner->step);
     runner->is_warm = status == MIL_OK;
     if (status == MIL_OK)
-        status = capture_all(runner);
+        status = mil_warmup_graphs(&runner->step, runner->options.has_graphs);
     /* Graphs are on their way to the device, and what they take of it is to be measured. */
     if (status == MIL_OK)
         status = model->backend->device->synchronize(model->ranks[0].queue);
@@ -546,7 +369,7 @@ mil_plan *mil_runner_plan(mil_runner *runner)
 /* What the plan's own check cannot know: how far the pages of a slot and the rope tables reach. */
 static mil_status check_lengths(const mil_runner *runner)
 {
-    const mil_batch *batch = &runner->batch;
+    const mil_batch *batch = &runner->step.batch;
     const mil_runner_options *options = &runner->options;
     int64_t longest = (int64_t)options->limits.max_pages_per_seq * options->page_size;
     for (int32_t s = 0; s < batch->header->n_seqs; s++)
@@ -563,7 +386,7 @@ static mil_status check_lengths(const mil_runner *runner)
 /* Where the adapter sets' descriptors lie, for every rank. */
 static mil_status find_contents(mil_runner *runner)
 {
-    const mil_batch *batch = &runner->batch;
+    const mil_batch *batch = &runner->step.batch;
     size_t max_slots = (size_t)runner->options.limits.max_adapter_slots;
     for (int32_t i = 0; i < batch->header->n_adapter_sets; i++) {
         const mil_adapter_set *set = &batch->adapter_sets[i];
@@ -571,7 +394,7 @@ static mil_status find_contents(mil_runner *runner)
         if (set->content != MIL_NO_ADAPTER)
             MIL_TRY(mil_contents_find(&runner->model->contents, set->content, &content));
         for (int32_t rank = 0; rank < runner->model->world; rank++) {
-            runner->entry->adapters[(size_t)rank * max_slots + (size_t)i] =
+            runner->step.adapters[(size_t)rank * max_slots + (size_t)i] =
                 content != NULL ? content->adapters[rank].device_modules : NULL;
             mil_state_note_adapter(&runner->states[rank], set->adapter_slot, content, rank);
         }
@@ -582,10 +405,10 @@ static mil_status find_contents(mil_runner *runner)
 /* A pure decode step takes the bucket that holds it; others are shaped by what is there. */
 static void choose_buckets(mil_runner *runner)
 {
-    mil_plan_header *header = runner->batch.header;
+    mil_plan_header *header = runner->step.batch.header;
     const mil_graphs *graphs = &runner->states[0].graphs;
     bool is_decode = header->n_seqs > 0 && header->n_tokens == header->n_seqs &&
-                     header->n_logit_rows <= header->n_seqs && runner->logits == NULL;
+                     header->n_logit_rows <= header->n_seqs && runner->step.logits == NULL;
     runner->bucket = is_decode ? mil_graphs_find(graphs, header->n_seqs) : -1;
     bool has_bucket = runner->bucket >= 0;
     int32_t size = has_bucket ? graphs->sizes[runner->bucket] : 0;
@@ -600,9 +423,9 @@ static void choose_buckets(mil_runner *runner)
 
 static mil_status submit(mil_runner *runner)
 {
-    runner->entry = &runner->ring[runner->n_submitted % RING_DEPTH];
-    mil_plan *plan = runner->entry->plan;
-    mil_plan_view(plan, &runner->batch);
+    aim_at(runner, &runner->ring[runner->n_submitted % RING_DEPTH]);
+    mil_plan *plan = runner->step.plan;
+    mil_plan_view(plan, &runner->step.batch);
     if (runner->is_checked) {
         MIL_TRY(mil_plan_check(plan, runner->options.n_pages, runner->model->config.vocab));
         MIL_TRY(check_lengths(runner));
@@ -629,7 +452,7 @@ static mil_status submit_with(mil_runner *runner, float *logits)
 {
     MIL_TRY(check_can_step(runner));
     runner->has_plan = false;
-    runner->logits = logits;
+    runner->step.logits = logits;
     mil_chaos_sleep();
     mil_status status = submit(runner);
     mil_chaos_sleep();
@@ -664,7 +487,8 @@ mil_status mil_runner_step(mil_runner *runner, mil_sample *samples, float *logit
     MIL_TRY(submit_with(runner, logits));
     MIL_TRY(mil_runner_wait(runner, &chosen));
     if (samples != NULL)
-        memcpy(samples, chosen, (size_t)runner->batch.header->n_logit_rows * sizeof(mil_sample));
+        memcpy(samples, chosen,
+               (size_t)runner->step.batch.header->n_logit_rows * sizeof(mil_sample));
     return MIL_OK;
 }
 

@@ -64,7 +64,7 @@ class Bench:
 
     def decode(self, n_seqs: int, adapters: list[int]) -> float:
         """Tokens a second while all n_seqs decode."""
-        return self._traffic.decode(n_seqs, adapters, PROMPT, NEW)
+        return self._traffic.decode(n_seqs, adapters, PROMPT, NEW).rate
 
     def ttft(self, length: int, adapter: int = -1) -> float:
         return self._traffic.first_token_s(length, adapter)

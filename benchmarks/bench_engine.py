@@ -98,7 +98,7 @@ class Bench:
 
     def decode(self, n_seqs: int, adapters: list[int]) -> float:
         """Tokens a second while all n_seqs decode."""
-        return self._traffic.decode(n_seqs, adapters, PROMPT, NEW)
+        return self._traffic.decode(n_seqs, adapters, PROMPT, NEW).rate
 
     def prefill(self, adapter: int) -> float:
         """Tokens a second of a prompt of 512, from submit to its first token."""

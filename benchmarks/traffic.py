@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from milpy import _C
 
 FINISHED_BY_LENGTH = 2
+HOST_PARTS = ("fill", "submit", "wait", "retire")  # of the engine's thread, by its stats
+
+
+class _Moment(NamedTuple):
+    seconds: float
+    n_tokens: int
+    stats: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Rows that all decode, none of them finished."""
+
+    rate: float  # tokens a second
+    host_ms: dict[str, float]  # of one step, by HOST_PARTS
+
+    @classmethod
+    def between(cls, begin: _Moment, end: _Moment) -> Decoding:
+        n_steps = max(end.stats["n_steps"] - begin.stats["n_steps"], 1)
+        spent = {
+            part: (end.stats[f"{part}_ns"] - begin.stats[f"{part}_ns"]) / n_steps / 1e6
+            for part in HOST_PARTS
+        }
+        return cls((end.n_tokens - begin.n_tokens) / (end.seconds - begin.seconds), spent)
 
 
 class Traffic:
@@ -31,14 +58,13 @@ class Traffic:
         tokens = self._random.integers(3, self._vocab, length).astype(np.int32)
         return self._engine.submit(tokens, max_tokens=max_tokens, adapter=adapter, temperature=0.0)
 
-    def decode(self, n_seqs: int, adapters: list[int], prompt: int, new: int) -> float:
-        """Tokens a second while all n_seqs decode: last one's first token to the first end."""
+    def decode(self, n_seqs: int, adapters: list[int], prompt: int, new: int) -> Decoding:
+        """All n_seqs decode: from the last one's first token to the first end."""
         ids = [self._submit(prompt, new, adapters[i % len(adapters)]) for i in range(n_seqs)]
         seen = dict.fromkeys(ids, 0)
-        started: float | None = None
-        counted = 0
+        begin: _Moment | None = None
+        end: _Moment | None = None
         n_open = n_seqs
-        ended: float | None = None
         while n_open:
             events = self._engine.poll(timeout_ms=60000)
             now = time.perf_counter()
@@ -47,12 +73,12 @@ class Traffic:
                 if finish:
                     n_open -= 1
                     assert finish == FINISHED_BY_LENGTH, f"found finish {finish}, expected length"
-            if started is None and all(seen.values()):
-                started, counted = now, sum(seen.values())
-            elif started is not None and ended is None and n_open < n_seqs:
-                ended, counted = now, sum(seen.values()) - counted
-        assert started is not None and ended is not None
-        return counted / (ended - started)
+            if begin is None and all(seen.values()):
+                begin = _Moment(now, sum(seen.values()), self._engine.stats())
+            elif begin is not None and end is None and n_open < n_seqs:
+                end = _Moment(now, sum(seen.values()), self._engine.stats())
+        assert begin is not None and end is not None
+        return Decoding.between(begin, end)
 
     def first_token_s(self, length: int, adapter: int) -> float:
         """Seconds from submitting a prompt to its first token."""

@@ -298,6 +298,12 @@ typedef struct mil_engine_stats {
     uint64_t n_preemptions;
     uint64_t n_prompt_tokens;    /* computed, recomputed ones included */
     uint64_t n_generated_tokens; /* delivered */
+    /* Where the time of the thread in mil_engine_run went, over all steps. What is not in it, the
+     * thread slept for want of work. */
+    uint64_t fill_ns;   /* choosing who runs and writing the plan */
+    uint64_t submit_ns; /* handing it to the device; where the host computes, all of the step */
+    uint64_t wait_ns;   /* for the oldest step on the device */
+    uint64_t retire_ns; /* its tokens to requests and events */
     size_t kv_bytes;
     size_t workspace_bytes;
 } mil_engine_stats;

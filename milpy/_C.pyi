@@ -65,6 +65,10 @@ class _EngineStats(TypedDict):
     n_preemptions: int
     n_prompt_tokens: int
     n_generated_tokens: int
+    fill_ns: int
+    submit_ns: int
+    wait_ns: int
+    retire_ns: int
     kv_bytes: int
     workspace_bytes: int
 

@@ -25,7 +25,7 @@ typedef struct gate {
     atomic_uint n_sleeping;
 } gate;
 
-static uint64_t now_ns(void)
+uint64_t mil_clock_ns(void)
 {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
@@ -67,14 +67,14 @@ static void gate_sleep(gate *g, unsigned seen)
 static void gate_wait(gate *g, unsigned seen, bool may_spin)
 {
     if (may_spin) {
-        uint64_t end = now_ns() + SPIN_NS;
+        uint64_t end = mil_clock_ns() + SPIN_NS;
         do {
             for (int i = 0; i < PAUSES_PER_LOOK; i++) {
                 if (gate_read(g) != seen)
                     return;
                 relax();
             }
-        } while (now_ns() < end);
+        } while (mil_clock_ns() < end);
     }
     gate_sleep(g, seen);
 }

@@ -45,6 +45,9 @@ typedef struct mil_thread_state {
 mil_status mil_pool_enter(mil_pool *pool, mil_thread_state *saved) MIL_WARN_UNUSED;
 void mil_pool_leave(mil_pool *pool, const mil_thread_state *saved);
 
+/* Monotonic: what waits and times are taken by. */
+uint64_t mil_clock_ns(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -7,6 +7,7 @@
 
 #include "base/machine.h"
 #include "base/memory.h"
+#include "base/threads.h"
 #include "engine/budget.h"
 #include "engine/events.h"
 #include "engine/options.h"
@@ -24,6 +25,11 @@
 #define FIRST_EVENTS 1024
 #define REASON_BYTES 1024
 
+/* As mil_engine_stats has them. */
+typedef struct loop_times {
+    uint64_t fill_ns, submit_ns, wait_ns, retire_ns;
+} loop_times;
+
 struct mil_engine {
     mil_model *model;
     mil_engine_options options; /* completed */
@@ -40,6 +46,7 @@ struct mil_engine {
     size_t workspace_bytes;
     bool is_on_device; /* whose memory is not the host's */
     bool is_entered;   /* holds the model's step lock */
+    loop_times spent;
 
     pthread_mutex_t lock;
     pthread_cond_t work;  /* for the loop: there is something to do */
@@ -55,6 +62,7 @@ struct mil_engine {
     uint64_t last_id;
     uint64_t n_steps;
     mil_scheduler_counts counts; /* as of the last step */
+    loop_times times;            /* likewise */
     bool is_running;
     bool is_closing;
     bool has_ended;            /* closed or dead, with every last event queued */
@@ -457,6 +465,10 @@ void mil_engine_stats_get(mil_engine *engine, mil_engine_stats *stats)
         .n_preemptions = counts->n_preemptions,
         .n_prompt_tokens = counts->n_prompt_tokens,
         .n_generated_tokens = counts->n_generated_tokens,
+        .fill_ns = engine->times.fill_ns,
+        .submit_ns = engine->times.submit_ns,
+        .wait_ns = engine->times.wait_ns,
+        .retire_ns = engine->times.retire_ns,
         .kv_bytes = (size_t)engine->options.kv_cache_bytes,
         .workspace_bytes = engine->workspace_bytes,
     };
@@ -527,6 +539,7 @@ static void publish(mil_engine *engine, int32_t n_events)
         engine->n_open -= engine->step_events[i].finish != MIL_FINISH_NONE;
     }
     engine->n_steps++;
+    engine->times = engine->spent;
     mil_scheduler_counts_get(engine->scheduler, &engine->counts);
     if (n_events > 0)
         pthread_cond_broadcast(&engine->ready);
@@ -538,12 +551,16 @@ static mil_status submit_step(mil_engine *engine, bool *is_full)
 {
     mil_plan *plan = mil_runner_plan(engine->runner);
     mil_batch batch;
+    uint64_t begin = mil_clock_ns();
     *is_full = !mil_scheduler_fill(engine->scheduler, plan);
+    uint64_t filled = mil_clock_ns();
+    engine->spent.fill_ns += filled - begin;
     if (*is_full)
         return MIL_OK;
     mil_plan_view(plan, &batch);
     engine->last_step = batch.header->step;
     MIL_TRY(mil_runner_submit(engine->runner));
+    engine->spent.submit_ns += mil_clock_ns() - filled;
     engine->n_in_flight++;
     return MIL_OK;
 }
@@ -552,9 +569,13 @@ static mil_status retire_step(mil_engine *engine)
 {
     const mil_sample *samples;
     uint64_t oldest = engine->last_step - (uint64_t)engine->n_in_flight + 1;
+    uint64_t begin = mil_clock_ns();
     MIL_TRY(mil_runner_wait(engine->runner, &samples));
+    uint64_t waited = mil_clock_ns();
+    engine->spent.wait_ns += waited - begin;
     engine->n_in_flight--;
     publish(engine, mil_scheduler_retire(engine->scheduler, oldest, samples, engine->step_events));
+    engine->spent.retire_ns += mil_clock_ns() - waited;
     return MIL_OK;
 }
 

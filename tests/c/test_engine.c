@@ -179,6 +179,7 @@ static void run_traffic(int32_t depth)
     mil_engine_stats stats;
     mil_engine_stats_get(b.engine, &stats);
     CHECK(stats.n_preemptions > 0 && stats.n_steps > 0 && stats.n_generated_tokens > 500);
+    CHECK(stats.fill_ns > 0 && stats.submit_ns > stats.wait_ns && stats.retire_ns > 0);
     close_bench(&b, MIL_OK);
 }
 

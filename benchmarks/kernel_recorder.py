@@ -1,0 +1,43 @@
+"""All that a GPU runs for this process, by torch's profiler.
+
+Importing it fails where torch is missing. The profiler is kineto over CUPTI, which sits under every
+copy of the CUDA runtime: it sees the core's kernels too, by the device's own stamps, in ns. It must
+run before a graph is instantiated to see each kernel in it, so a model is made while a Recorder
+records. Tracing has its price: kernels are stamped one by one, and launches take the host longer.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.kernel_trace import Trace, read_trace
+
+
+def is_usable() -> bool:
+    return torch.cuda.is_available()
+
+
+class Recorder:
+    """Records from entering it to leaving it; then there is a trace."""
+
+    trace: Trace
+
+    def __enter__(self) -> Recorder:
+        torch.cuda.init()  # a context before CUPTI asks for one
+        self._profile = profile(activities=[ProfilerActivity.CUDA])
+        self._profile.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._profile.stop()
+        if kind is not None:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self._profile.export_chrome_trace(str(path))
+            self.trace = read_trace(json.loads(path.read_bytes())["traceEvents"])

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Path(__file__).with_name("order_workload.py")
 CANCELLED = 3  # _C.FINISH_CANCELLED; this process need not load the extension
-TIMEOUT_S = 240  # for a device that hangs; no claim of a test
+TIMEOUT_S = 120  # for a device that hangs; no claim of a test
 
 Found = dict[str, Any]
 

@@ -150,6 +150,9 @@ static mil_status read_device(mil_queue *queue)
         return mil_fail(MIL_ERR_DEVICE,
                         "cuda:%d (%s): compute capability is %d.%d, expected 8.0 or newer",
                         queue->ordinal, queue->device_name, properties.major, properties.minor);
+    /* Makes the context where there is none: what that takes is not the queue's. */
+    size_t n_total;
+    MIL_CUDA_TRY(cudaMemGetInfo(&queue->n_free_at_open, &n_total));
     return read_path(queue, capability);
 }
 
@@ -193,9 +196,6 @@ static void destroy(mil_queue *queue)
 
 static mil_status fill_queue(mil_queue *queue)
 {
-    size_t n_total;
-    /* Makes the context where there is none: what that takes is not the queue's. */
-    MIL_CUDA_TRY(cudaMemGetInfo(&queue->n_free_at_open, &n_total));
     MIL_TRY(read_device(queue));
     MIL_TRY(make_streams(queue));
     return mil_cublas_create(&queue->cublas, queue);

@@ -20,7 +20,7 @@ PARTS = {
     "load": ["benchmarks.bench_load"],
     "start": ["benchmarks.bench_start", "--install"],
     "ops": ["benchmarks.bench_ops"],
-    "device": ["benchmarks.bench_device", "--lora"],
+    "device": ["benchmarks.bench_engine", "--device", "cuda"],
 }
 NEED_GPU = ("ops", "device")
 

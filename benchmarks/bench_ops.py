@@ -1,12 +1,15 @@
 """Each op of the CUDA backend on Llama-3-8B's shapes, beside the roof and torch on the same GPU.
 
-us: one call, the median of graph replays (bench_ops.c says how). TB/s counts what the op must read
-and write once; of LoRA the A or B of the adapters in use, of decode attention the KV. "of read" is
-that against the read roof: 4.55 TB/s on an H200, elsewhere a read loop of the same run. Peers are
-torch's: cuBLAS (torch.mm) for products, cuDNN for attention, argmax for greedy; "x peer" is their
-time over ours. "own" products are those of deterministic contexts. A row that fails says why.
+us: one call, the median of graph replays (bench_ops.c says how). MB is what the op must read and
+write once; of LoRA the A or B of the adapters in use, of decode attention the KV. The roof is those
+bytes at 4.55 TB/s on an H200, elsewhere by a read loop of the same run, or the flops at the 790
+TFLOP/s that an H200's products reach in short runs, whichever takes longer. Peers are torch's:
+cuBLAS (torch.mm) for products, cuDNN for attention, argmax for greedy; "x peer" is their time over
+ours. "own" products are those of deterministic contexts. A row that fails says why.
 
-    python -m benchmarks.bench_ops [--only PART-OF-A-NAME ...] [--quick] [--no-peers]
+    python -m benchmarks.bench_ops [--ops attention,"product own"] [--quick] [--no-peers]
+
+--ops: rows whose names begin so. All rows take about a minute, peers included.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ try:
 except ImportError:
     peer_cuda = None  # type: ignore[assignment]
 
-H200_READ_TBS = 4.55
+H200_READ_TBS, H200_TFLOPS = 4.55, 790.0
 LONGEST_ROW_S = 120.0  # a kernel that hangs
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS = 4096, 14336, 128256, 32, 8
 LINEARS = {  # N, K, rows of the parts
@@ -38,7 +41,16 @@ LINEARS = {  # N, K, rows of the parts
     "down": (HIDDEN, FFN, [HIDDEN]),
 }
 RANK = 16
+FLOPS_PER_BYTE = 170  # about where bytes stop to be what counts, on any of these devices
 Peer = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a device can do."""
+
+    read_tbs: float
+    tflops: float | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,13 @@ class Row:
     n_bytes: float
     flops: float = 0.0
     peer: Peer | None = None
-    is_by_bytes: bool = True  # the read roof is its roof
+
+    def roof_us(self, roof: Roof) -> float | None:
+        """None: it is bound by flops, and nothing is known of this device's."""
+        bytes_us = self.n_bytes / roof.read_tbs / 1e6
+        if roof.tflops is not None:
+            return max(bytes_us, self.flops / roof.tflops / 1e6)
+        return bytes_us if self.flops < FLOPS_PER_BYTE * self.n_bytes else None
 
 
 # ---- rows ----
@@ -78,7 +96,6 @@ def attention_rows(quick: bool) -> Iterator[Row]:
                 2 * T * D * (2 * HEADS + 2 * KV_HEADS),
                 2.0 * HEADS * D * T * (T + 1),
                 peer_of("attention_us", 1, T, T, D),
-                is_by_bytes=False,
             )
     for S, keys in (
         ((1, 8192), (64, 1024))
@@ -106,7 +123,6 @@ def product_rows(quick: bool) -> Iterator[Row]:
                     2 * N * K + 2 * M * K + out * M * N,
                     2.0 * M * N * K,
                     peer,
-                    is_by_bytes=M <= 128,
                 )
 
 
@@ -218,12 +234,12 @@ class Driver:
 # ---- the table ----
 
 HEAD = (
-    f"{'op':34} {'us':>9} {'spread':>7} {'TB/s':>6} {'of read':>7} {'TFLOP/s':>8} "
-    f"{'peer us':>9} {'x peer':>6}"
+    f"{'op':34} {'us':>9} {'spread':>7} {'MB':>8} {'TB/s':>6} {'TFLOP/s':>8} {'roof us':>9} "
+    f"{'of roof':>7} {'peer us':>9} {'x peer':>6}"
 )
 
 
-def show(row: Row, driver: Driver, read_tbs: float, with_peers: bool) -> bool:
+def show(row: Row, driver: Driver, roof: Roof, with_peers: bool) -> bool:
     """Print the row; false where it failed."""
     try:
         found = driver.measure(row.ask)
@@ -231,11 +247,15 @@ def show(row: Row, driver: Driver, read_tbs: float, with_peers: bool) -> bool:
         print(f"{row.name:34} FAILED: {problem}", flush=True)
         return False
     us = found["us"]
-    tbs = row.n_bytes / us / 1e6
     spread = f"{100 * (found['high_us'] / found['low_us'] - 1):.1f}%"
-    of_read = f"{tbs / read_tbs:7.3f}" if row.is_by_bytes else f"{'-':>7}"
     tflops = f"{row.flops / us / 1e6:8.1f}" if row.flops else f"{'-':>8}"
-    text = f"{row.name:34} {us:9.2f} {spread:>7} {tbs:6.2f} {of_read} {tflops}"
+    roof_us = row.roof_us(roof)
+    of_roof = f"{'-':>9} {'-':>7}" if roof_us is None else f"{roof_us:9.2f} {roof_us / us:7.3f}"
+    megabytes = row.n_bytes / 1e6
+    text = (
+        f"{row.name:34} {us:9.2f} {spread:>7} {megabytes:8.2f} {megabytes / us:6.2f} {tflops} "
+        f"{of_roof}"
+    )
     if with_peers and row.peer is not None:
         try:
             peer_us = row.peer()
@@ -249,13 +269,13 @@ def show(row: Row, driver: Driver, read_tbs: float, with_peers: bool) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", nargs="*", default=[""], help="rows whose name holds one of these"
+        "--ops", type=lambda text: tuple(text.split(",")), default="", help="rows that begin so"
     )
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     options = parser.parse_args()
     with_peers = peer_cuda is not None and peer_cuda.is_usable() and not options.no_peers
-    rows = [row for row in all_rows(options.quick) if any(p in row.name for p in options.only)]
+    rows = [row for row in all_rows(options.quick) if row.name.startswith(options.ops)]
     driver = Driver(with_peers)
     try:
         device = driver.start()
@@ -263,14 +283,15 @@ def main() -> int:
     except RuntimeError as problem:
         print(f"bench_ops: {problem}")
         return 1
-    read_tbs = H200_READ_TBS if "H200" in device else measured
+    is_h200 = "H200" in device
+    roof = Roof(H200_READ_TBS, H200_TFLOPS) if is_h200 else Roof(measured, None)
     print(
-        f"{device}; read loop of this run {measured:.2f} TB/s, ratios to {read_tbs:.2f}\n"
+        f"{device}; read loop of this run {measured:.2f} TB/s, roof {roof.read_tbs:.2f}\n"
         f"cuBLASLt: {driver.library}\n"
         f"peers: {peer_cuda.versions() if with_peers else 'none'}\n{HEAD}",
         flush=True,
     )
-    n_failed = sum(not show(row, driver, read_tbs, with_peers) for row in rows)
+    n_failed = sum(not show(row, driver, roof, with_peers) for row in rows)
     driver.close()
     print(f"{len(rows)} rows, {n_failed} failed")
     return 1 if n_failed else 0

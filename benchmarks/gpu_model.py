@@ -19,7 +19,8 @@ class EngineChoice:
 
     device: str = "cuda"
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 0  # the engine's own
+    max_num_batched_tokens: int = 0  # 0, here and below: the engine's own
+    gpu_memory_utilization: float = 0.0
     deterministic: bool = False
     enforce_eager: bool = False
 
@@ -54,6 +55,7 @@ class GpuModel:
             max_model_len=shape.max_position,
             max_num_seqs=choice.max_num_seqs,
             max_num_batched_tokens=choice.max_num_batched_tokens,
+            gpu_memory_utilization=choice.gpu_memory_utilization,
             deterministic=choice.deterministic,
             enforce_eager=choice.enforce_eager,
         )

@@ -67,6 +67,14 @@ class Shape:
         return self.layers * self.layer_weights
 
     @property
+    def lora_columns(self) -> int:
+        """Values of adapters on all seven projections, for each unit of rank."""
+        q = self.heads * self.head_dim
+        kv = self.kv_heads * self.head_dim
+        return self.layers * (2 * (self.hidden + q) + 2 * (self.hidden + kv)
+                              + 3 * (self.hidden + self.ffn))  # fmt: skip
+
+    @property
     def head_weights(self) -> int:
         return self.hidden * self.vocab
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from milpy import _C
 
 FINISHED_BY_LENGTH = 2
 HOST_PARTS = ("fill", "submit", "wait", "retire")  # of the engine's thread, by its stats
+WAIT_MS = 60000
 
 
 class _Moment(NamedTuple):
@@ -28,6 +29,11 @@ class Decoding:
 
     rate: float  # tokens a second
     host_ms: dict[str, float]  # of one step, by HOST_PARTS
+
+    @property
+    def work_ms(self) -> float:
+        """What the engine's thread does for a step while another one runs."""
+        return sum(ms for part, ms in self.host_ms.items() if part != "wait")
 
     @classmethod
     def between(cls, begin: _Moment, end: _Moment) -> Decoding:
@@ -66,7 +72,7 @@ class Traffic:
         end: _Moment | None = None
         n_open = n_seqs
         while n_open:
-            events = self._engine.poll(timeout_ms=60000)
+            events = self._engine.poll(timeout_ms=WAIT_MS)
             now = time.perf_counter()
             for request, finish, sample in events:
                 seen[request] += sample is not None
@@ -77,13 +83,23 @@ class Traffic:
                 begin = _Moment(now, sum(seen.values()), self._engine.stats())
             elif begin is not None and end is None and n_open < n_seqs:
                 end = _Moment(now, sum(seen.values()), self._engine.stats())
-        assert begin is not None and end is not None
+        assert begin is not None and end is not None, "found no time at which all rows decode"
         return Decoding.between(begin, end)
+
+    def serve_s(self, adapters: Sequence[int], prompt: int, new: int) -> float:
+        """Seconds until all are answered: one request for each of `adapters`, queued at once."""
+        begin = time.perf_counter()
+        for adapter in adapters:
+            self._submit(prompt, new, adapter)
+        n_open = len(adapters)
+        while n_open:
+            n_open -= sum(finish != 0 for _, finish, _ in self._engine.poll(timeout_ms=WAIT_MS))
+        return time.perf_counter() - begin
 
     def first_token_s(self, length: int, adapter: int) -> float:
         """Seconds from submitting a prompt to its first token."""
         begin = time.perf_counter()
         self._submit(length, 1, adapter)
-        while not self._engine.poll(timeout_ms=60000):
+        while not self._engine.poll(timeout_ms=WAIT_MS):
             pass
         return time.perf_counter() - begin

@@ -1,0 +1,420 @@
+"""End to end on a GPU, Llama-3-8B's shape with dummy weights, by the method of the peer's figures.
+
+Decode: tokens over time while every row decodes and none has finished, prompts of 1,024 tokens, 256
+new ones; a row is run again until --rounds or 5 s are reached, the median counts. TTFT: one request
+on an idle engine, the median of 7. Beside each figure stand vLLM 0.26's on an H200 (vllm_h200.py)
+and what the roof alone would take: bytes at 4.55 TB/s, for prompts also flops at 790 TFLOP/s, both
+an H200's. "x vLLM" is above 1 where we are quicker.
+
+    python -m benchmarks.bench_engine --device cuda [--rows start,decode,ttft,lora,gap]
+
+Rows: start, decode, ttft, lora and gap, which take some 100 s together. Asked for by name: queue,
+512 requests at once, and zipf, 500 adapters, a minute each. gap uses the profiler of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import detokenizing, vllm_h200
+from benchmarks.adapter_folder import write_adapter
+from benchmarks.gpu_model import EngineChoice, GpuModel
+from benchmarks.shapes import SHAPES, Shape, dummy_adapter
+from benchmarks.traffic import Decoding
+from milpy.adapters import read_adapter
+
+ROWS = ("start", "decode", "ttft", "lora", "gap")
+LONG_ROWS = ("queue", "zipf")
+READ_TBS, PEAK_TFLOPS = 4.55, 790.0  # an H200's
+PROMPT, NEW, RANK = 1024, 256, 16
+LORA_BATCH, GAP_BATCH = 64, 64
+N_ADAPTERS = 64
+ENOUGH_S = 5.0  # of one row
+N_TTFT = 7
+QUEUE = (512, 1000, 1000)  # requests, in, out
+ZIPF = (1000, 512, 128)
+ZIPF_ADAPTERS, ZIPF_RANK, ZIPF_MEMORY = 500, 8, 0.7
+GIB = 1 << 30
+
+
+# ---- what the roof alone would take ----
+
+
+def decode_bytes(shape: Shape, n_seqs: int, n_adapters: int = 0) -> float:
+    """What a step must read: weights, KV, and the adapters in use."""
+    context = PROMPT + NEW / 2
+    adapters = 2 * RANK * n_adapters * shape.lora_columns
+    return shape.bytes_per_step + n_seqs * context * shape.kv_bytes_per_token + adapters
+
+
+def decode_roof_ms(shape: Shape, n_seqs: int) -> float:
+    return decode_bytes(shape, n_seqs) / READ_TBS / 1e9
+
+
+def prompt_roof_ms(shape: Shape, length: int) -> float:
+    """One prompt's products and attention, or its weights where that is more."""
+    width = shape.heads * shape.head_dim
+    products = 2.0 * length * shape.linear_weights + 2.0 * shape.head_weights
+    attention = 2.0 * length * (length + 1) * width * shape.layers
+    flops_ms = (products + attention) / PEAK_TFLOPS / 1e9
+    return max(flops_ms, shape.bytes_per_step / READ_TBS / 1e9)
+
+
+# ---- tables ----
+
+
+class Table:
+    """Markdown, for results/, printed line by line; the first column holds the names."""
+
+    def __init__(self, title: str, *columns: str) -> None:
+        print()
+        self.row(title, *columns)
+        print("| --- " * (1 + len(columns)) + "|")
+
+    def row(self, name: str, *cells: str) -> None:
+        print(f"| {name:28} |" + "".join(f" {cell:>11} |" for cell in cells), flush=True)
+
+
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def ratio(over: float | None, under: float | None) -> float | None:
+    return None if over is None or under is None else over / under
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What the first landing on a GPU has to reach, on an H200."""
+
+    name: str
+    bound: float
+    is_least: bool
+    vllm: str
+    roof: str
+
+    def is_met_by(self, value: float) -> bool:
+        return value >= self.bound if self.is_least else value <= self.bound
+
+
+FLOORS = {
+    "decode 1": Floor("batch 1 decode, tok/s", 195.0, True, "203", "300"),
+    "decode 64": Floor("batch 64 decode, tok/s", 7400.0, True, "8256", "11800"),
+    "ttft 8192": Floor("TTFT of 8,192 tokens, ms", 270.0, False, "217", "-"),
+    "base only": Floor("base only, 64 resident", 0.99, True, "0.999", "1"),
+    "one adapter": Floor("one adapter for all", 0.85, True, "0.69-0.82", "0.997"),
+    "64 distinct": Floor("64 distinct", 0.65, True, "0.22", "0.82"),
+    "gap": Floor("host gap, batch 64, ms", 0.02, False, "0.26", "-"),
+    "start": Floor("start to first token, s", 5.0, False, "24-58", "-"),
+}
+
+
+def show_floors(found: dict[str, float]) -> int:
+    """The table of what was measured; how many floors were missed."""
+    table = Table("floors", "ours", "floor", "verdict", "vLLM 0.26", "bytes alone")
+    n_missed = 0
+    for key, floor in FLOORS.items():
+        if key not in found:
+            table.row(floor.name, "-", "", "not run", floor.vllm, floor.roof)
+            continue
+        is_met = floor.is_met_by(found[key])
+        n_missed += not is_met
+        bound = f"{'>=' if floor.is_least else '<='} {floor.bound:g}"
+        table.row(
+            floor.name,
+            f"{found[key]:.0f}" if found[key] >= 1000 else f"{found[key]:.3g}",
+            bound,
+            "ok" if is_met else "MISSED",
+            floor.vllm,
+            floor.roof,
+        )
+    return n_missed
+
+
+# ---- rows ----
+
+
+class Bench:
+    """One model and engine, and what was found of the floors."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.shape = SHAPES[options.shape]
+        self.options = options
+        self.folder = folder
+        self.found: dict[str, float] = {}
+        queued = QUEUE[0] if "queue" in options.rows else 0
+        choice = EngineChoice(
+            device=options.device,
+            max_num_seqs=max(*options.batches, LORA_BATCH, queued),
+            gpu_memory_utilization=ZIPF_MEMORY if "zipf" in options.rows else 0.0,
+            deterministic=options.deterministic,
+            enforce_eager=options.eager,
+        )
+        self.gpu = GpuModel(self.shape, folder, choice)
+        self._off: dict[int, list[Decoding]] = {}
+
+    def decode(self, n_seqs: int, adapters: list[int]) -> list[Decoding]:
+        begin = time.perf_counter()
+        runs: list[Decoding] = []
+        while not runs or (
+            len(runs) < self.options.rounds and time.perf_counter() - begin < ENOUGH_S
+        ):
+            runs.append(self.gpu.traffic.decode(n_seqs, adapters, PROMPT, NEW))
+        return runs
+
+    def decode_off(self, n_seqs: int) -> list[Decoding]:
+        """Without LoRA, measured once, before any adapter is loaded."""
+        if n_seqs not in self._off:
+            self._off[n_seqs] = self.decode(n_seqs, [-1])
+        return self._off[n_seqs]
+
+    def ttft_ms(self, length: int, adapter: int) -> float:
+        return self.median_ms(lambda: self.gpu.traffic.first_token_s(length, adapter))
+
+    @staticmethod
+    def median_ms(run_s: Callable[[], float]) -> float:
+        run_s()  # what is chosen and loaded at first use
+        return 1e3 * statistics.median(run_s() for _ in range(N_TTFT))
+
+
+def median_rate(runs: list[Decoding]) -> float:
+    return statistics.median(run.rate for run in runs)
+
+
+def rows_start(bench: Bench) -> None:
+    start = bench.gpu.start
+    least, most = vllm_h200.START_S
+    table = Table("start, s", "weights", "engine", "first token", "total", "vLLM")
+    table.row(
+        "dummy weights to first token",
+        *(f"{s:.2f}" for s in (start.weights, start.engine, start.first_token, start.total)),
+        f"{least:.0f}-{most:.0f}",
+    )
+    bench.found["start"] = start.total
+    memory = bench.gpu.engine.memory()
+    table = Table(f"memory of {memory['device']}, GiB", "GiB")
+    for name in "weight kv adapter workspace graph other free total".split():
+        table.row(name, f"{memory[f'{name}_bytes'] / GIB:.2f}")  # type: ignore[literal-required]
+
+
+def rows_decode(bench: Bench) -> None:
+    table = Table(
+        f"decode, {PROMPT} in / {NEW} out",
+        "tok/s", "vLLM", "x vLLM", "step ms", "bytes ms", "of roof", "host ms", "runs",
+    )  # fmt: skip
+    for n in bench.options.batches:
+        runs = bench.decode_off(n)
+        rate = median_rate(runs)
+        step_ms, roof_ms = 1e3 * n / rate, decode_roof_ms(bench.shape, n)
+        peer = vllm_h200.DECODE.get(n)
+        table.row(
+            f"batch {n}", number(rate, 1), number(peer, 1), number(ratio(rate, peer), 3),
+            number(step_ms, 3), number(roof_ms, 2), number(roof_ms / step_ms, 3),
+            number(statistics.median(run.work_ms for run in runs), 3), str(len(runs)),
+        )  # fmt: skip
+        bench.found[f"decode {n}"] = rate
+
+
+def rows_ttft(bench: Bench) -> None:
+    table = Table("time to first token", "ms", "vLLM", "x vLLM", "roof ms", "of roof")
+    for length in bench.options.prompts:
+        ms = bench.ttft_ms(length, -1)
+        peer, roof_ms = vllm_h200.TTFT_MS.get(length), prompt_roof_ms(bench.shape, length)
+        table.row(
+            f"prompt {length}", number(ms, 2), number(peer, 1),
+            number(ratio(peer, ms), 3),
+            number(roof_ms, 2), number(roof_ms / ms, 3),
+        )  # fmt: skip
+        bench.found[f"ttft {length}"] = ms
+
+
+def rows_lora(bench: Bench) -> None:
+    """With 64 adapters on the GPU, each row beside the same batch before any was loaded."""
+    off = {n: median_rate(bench.decode_off(n)) for n in (LORA_BATCH, 1)}
+    gpu = bench.gpu
+    ids = [
+        gpu.model.add_adapter(dummy_adapter(gpu.config, RANK), dummy_seed=100 + i)
+        for i in range(N_ADAPTERS)
+    ]
+    table = Table(
+        f"LoRA r={RANK}, {N_ADAPTERS} resident",
+        "tok/s", "of off", "bytes alone", "vLLM best", "x vLLM", "64 slots", "8 slots", "best mode",
+    )  # fmt: skip
+    traffic = {
+        (LORA_BATCH, "base only"): [-1],
+        (LORA_BATCH, "one adapter"): ids[:1],
+        (LORA_BATCH, "8 in turn"): ids[:8],
+        (LORA_BATCH, "64 distinct"): ids,
+        (1, "one adapter"): ids[:1],
+    }
+    for (n, name), adapters in traffic.items():
+        rate = median_rate(bench.decode(n, adapters))
+        n_used = sum(adapter >= 0 for adapter in adapters)
+        roof = decode_bytes(bench.shape, n) / decode_bytes(bench.shape, n, n_used)
+        peer = vllm_h200.LORA_RATE[n, name]
+        best = max(figure for figure in peer if figure is not None)
+        shares = (ratio(figure, vllm_h200.DECODE[n]) for figure in peer)
+        table.row(
+            f"batch {n}, {name}", number(rate, 1), number(rate / off[n], 3), number(roof, 3),
+            number(best, 1), number(rate / best, 3), *(number(share, 3) for share in shares),
+        )  # fmt: skip
+        if n == LORA_BATCH:
+            bench.found[name] = rate / off[n]
+    rows_lora_ttft(bench, ids[0])
+
+
+def rows_lora_ttft(bench: Bench, adapter: int) -> None:
+    gpu = bench.gpu
+    folder = write_adapter(bench.folder / "adapter", gpu.config, RANK)
+
+    def from_disk_s() -> float:
+        """Its files, in the page cache, to the first token."""
+        begin = time.perf_counter()
+        content = gpu.model.add_adapter(read_adapter(folder, gpu.config))
+        gpu.traffic.first_token_s(128, content)
+        seconds = time.perf_counter() - begin
+        gpu.model.release_adapter(content)
+        return seconds
+
+    table = Table("time to first token", "ms", "64 slots", "8 slots", "x vLLM")
+    ours = {
+        (2048, "base"): bench.ttft_ms(2048, -1),
+        (2048, "adapter"): bench.ttft_ms(2048, adapter),
+        (128, "resident"): bench.ttft_ms(128, adapter),
+        (128, "from host memory"): None,
+        (128, "from disk"): bench.median_ms(from_disk_s),
+    }
+    for (length, name), ms in ours.items():
+        peer = vllm_h200.LORA_TTFT_MS[length, name]
+        best = min(figure for figure in peer if figure is not None)
+        table.row(
+            f"prompt {length}, {name}", number(ms, 2), number(peer.slots_64, 1),
+            number(peer.slots_8, 1), number(ratio(best, ms), 3),
+        )  # fmt: skip
+
+
+def rows_queue(bench: Bench) -> None:
+    n, prompt, new = QUEUE
+    rate = n * new / bench.gpu.traffic.serve_s([-1] * n, prompt, new)
+    least, most = vllm_h200.QUEUE_RATE
+    table = Table(f"{n} x {prompt} in / {new} out", "tok/s", "vLLM", "x vLLM")
+    table.row("all at once", number(rate, 0), f"{least:.0f}-{most:.0f}", number(rate / most, 3))
+
+
+def rows_zipf(bench: Bench) -> None:
+    """All adapters stay on the GPU, where vLLM had 32 there and the rest in host memory."""
+    n, prompt, new = ZIPF
+    gpu = bench.gpu
+    ids = np.array(
+        [
+            gpu.model.add_adapter(dummy_adapter(gpu.config, ZIPF_RANK), dummy_seed=1000 + i)
+            for i in range(ZIPF_ADAPTERS)
+        ]
+    )
+    shares = 1.0 / np.arange(1, ZIPF_ADAPTERS + 1)
+    drawn = np.random.default_rng(7).choice(ids, n, p=shares / shares.sum())
+    table = Table(f"{n} x {prompt} in / {new} out", "requests/s", "vLLM", "x vLLM")
+    traffic = {"base only": [-1] * n, "one adapter": [int(ids[0])] * n, "zipf s=1": drawn.tolist()}
+    for name, adapters in traffic.items():
+        rate = n / gpu.traffic.serve_s(adapters, prompt, new)
+        peer = vllm_h200.MANY_ADAPTERS[name]
+        table.row(name, number(rate, 1), number(peer, 1), number(rate / peer, 3))
+
+
+def rows_gap(options: argparse.Namespace, found: dict[str, float]) -> None:
+    """In a process of its own, under torch's profiler; after the model above is closed."""
+    command = [sys.executable, "-m", "benchmarks.profile_step", "--json", "--device"]
+    command += [options.device, "--shape", options.shape, "--batch", str(GAP_BATCH)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode != 0 or not lines:
+        print(f"\nhost gap: not measured: {lines[-1] if lines else f'ended, {done.returncode}'}")
+        return
+    gap = json.loads(lines[-1])
+    table = Table(f"host gap, batch {GAP_BATCH}", "median us", "worst us", "idle us", "lead us",
+                  "step ms", "traced ms", "vLLM us")  # fmt: skip
+    table.row(
+        "last kernel to next step's",
+        *(number(gap[key], 1) for key in ("gap_us", "worst_gap_us", "idle_us", "least_lead_us")),
+        *(number(gap[key], 3) for key in ("step_ms", "traced_step_ms")),
+        number(1e3 * vllm_h200.HOST_GAP_MS, 0),
+    )
+    host = gap["host_ms"]
+    table = Table("host, ms a step", *host, "detokenise")
+    table.row("engine's thread; the pump's", *(number(ms, 3) for ms in host.values()),
+              number(detokenizing.step_ms(GAP_BATCH), 3))  # fmt: skip
+    found["gap"] = gap["gap_us"] / 1e3
+
+
+# ---- the command ----
+
+WITH_MODEL = {
+    "start": rows_start,
+    "decode": rows_decode,
+    "ttft": rows_ttft,
+    "queue": rows_queue,
+    "lora": rows_lora,
+    "zipf": rows_zipf,
+}
+
+
+def names(text: str) -> list[str]:
+    """Rows, as a list with commas."""
+    found = text.split(",")
+    for name in found:
+        if name not in ROWS + LONG_ROWS:
+            expected = ", ".join(ROWS + LONG_ROWS)
+            raise argparse.ArgumentTypeError(f"found {name!r}, expected some of {expected}")
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="bench_engine --device cuda",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--shape", default="8B", choices=sorted(SHAPES), help="vLLM's figures and floors are 8B's"
+    )
+    made.add_argument("--rows", type=names, default=list(ROWS), metavar="NAME,NAME")
+    made.add_argument("--batches", type=int, nargs="+", default=list(vllm_h200.DECODE))
+    made.add_argument("--prompts", type=int, nargs="+", default=list(vllm_h200.TTFT_MS))
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--eager", action="store_true", help="no graphs")
+    made.add_argument("--deterministic", action="store_true")
+    return made
+
+
+def main(arguments: list[str], device: str) -> int:
+    """Print the tables; the result is how many floors were missed."""
+    options = parser().parse_args(arguments)
+    options.device = device
+    begin = time.perf_counter()
+    found: dict[str, float] = {}
+    if any(name in WITH_MODEL for name in options.rows):
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(options, Path(folder))
+            try:
+                for name, rows in WITH_MODEL.items():
+                    if name in options.rows:
+                        rows(bench)
+            finally:
+                bench.gpu.close()
+            found = bench.found
+    if "gap" in options.rows:
+        rows_gap(options, found)
+    n_missed = show_floors(found)
+    print(f"\n{time.perf_counter() - begin:.0f} s")
+    return n_missed

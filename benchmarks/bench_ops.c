@@ -9,7 +9,7 @@
  *   product N K M IS-F32 IS-DETERMINISTIC
  *   shrink ROWS ADAPTERS LINEAR              rank 16; 0 qkv, 1 o, 2 gate_up, 3 down
  *   expand ROWS ADAPTERS LINEAR
- *   sample ROWS KIND                         0 greedy, 1 top-p 0.9, 2 top-k 50
+ *   sample ROWS KIND                         0 greedy, 1 top-p 0.9, 2 top-k 50, 3 top-p 0.9, T 0.25
  *
  * The answer: us of one call, the median of the replays, by driver_cuda.h's method. */
 #include "driver_cuda.h"
@@ -429,7 +429,8 @@ static timing row_expand(machine *all, const int32_t *n)
 
 /* ---- sample ---- */
 
-/* About normal, deviation 4: the best 0.9 of the probability are some thousands of ids. */
+/* About normal, deviation 4: the best 0.9 of the probability are some thousands of ids, at
+ * temperature 0.25 some twenty, as they are where a model is sure. */
 static float *make_logits(machine *all, size_t n)
 {
     float *logits = malloc(n * sizeof *logits);
@@ -453,18 +454,23 @@ static mil_status call_sample(machine *all, void *args, int32_t set)
 
 static timing row_sample(machine *all, const int32_t *n)
 {
+    static const mil_sampling kinds[] = {
+        {.temperature = 0.0f, .top_p = 1.0f},
+        {.temperature = 1.0f, .top_p = 0.9f},
+        {.temperature = 1.0f, .top_p = 1.0f, .top_k = 50},
+        {.temperature = 0.25f, .top_p = 0.9f},
+    };
     const int32_t n_rows = n[0];
+    require(n[1] >= 0 && n[1] < (int32_t)(sizeof kinds / sizeof *kinds), "a kind of sampling");
     mil_sampling sampling[MAX_SEQS];
     step s;
     make_step(all, &s, n_rows, 1, 1, 128);
     for (int32_t i = 0; i < n_rows; i++) {
         s.host.logit_rows[i] = s.host.logit_slots[i] = i;
         s.host.logit_feeds[i] = s.host.logit_positions[i] = 1;
-        sampling[i] = (mil_sampling){.temperature = n[1] == 0 ? 0.0f : 1.0f,
-                                     .top_k = n[1] == 2 ? 50 : 0,
-                                     .top_p = n[1] == 1 ? 0.9f : 1.0f,
-                                     .n_logprobs = -1,
-                                     .seed = (uint64_t)i};
+        sampling[i] = kinds[n[1]];
+        sampling[i].n_logprobs = -1;
+        sampling[i].seed = (uint64_t)i;
     }
     s.host.header->n_logit_rows = s.host.header->bucket_logit_rows = n_rows;
     require(all->device->copy_in(all->context.queue, s.slots.sampling, sampling,

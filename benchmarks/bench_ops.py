@@ -142,7 +142,7 @@ def lora_rows(quick: bool) -> Iterator[Row]:
 
 
 def sample_rows(quick: bool) -> Iterator[Row]:
-    for i, kind in enumerate(("greedy", "top-p 0.9", "top-k 50")):
+    for i, kind in enumerate(("greedy", "top-p 0.9", "top-k 50", "top-p 0.9 T 0.25")):
         for n in (64,) if quick else (1, 64):
             peer = peer_of("argmax_us", n, VOCAB) if kind == "greedy" else None
             yield Row(f"sample {kind} batch={n}", f"sample {n} {i}", 4 * n * VOCAB, peer=peer)

@@ -8,8 +8,9 @@ an H200's. "x vLLM" is above 1 where we are quicker.
 
     python -m benchmarks.bench_engine --device cuda [--rows start,decode,ttft,lora,gap]
 
-Rows: start, decode, ttft, lora and gap, which take some 100 s together. Asked for by name: queue,
-512 requests at once, and zipf, 500 adapters, a minute each. gap uses the profiler of torch.
+Rows: start, decode, ttft, lora and gap, which take some 100 s together. Asked for by name: d1, the
+price of deterministic=True, and a minute each, queue, 512 requests at once, and zipf, 500 adapters.
+gap uses the profiler of torch.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from benchmarks.traffic import Decoding
 from milpy.adapters import read_adapter
 
 ROWS = ("start", "decode", "ttft", "lora", "gap")
-LONG_ROWS = ("queue", "zipf")
+MORE_ROWS = ("d1", "queue", "zipf")
 READ_TBS, PEAK_TFLOPS = 4.55, 790.0  # an H200's
 PROMPT, NEW, RANK = 1024, 256, 16
 LORA_BATCH, GAP_BATCH = 64, 64
@@ -332,6 +333,23 @@ def rows_zipf(bench: Bench) -> None:
         table.row(name, number(rate, 1), number(peer, 1), number(rate / peer, 3))
 
 
+def rows_d1(options: argparse.Namespace, folder: Path, found: dict[str, float]) -> None:
+    """The price of bits that batch mates do not change; shares where the default's rows ran."""
+    exact = argparse.Namespace(**vars(options))
+    exact.deterministic = True
+    bench = Bench(exact, folder)
+    table = Table("deterministic=True", "tok/s", "ms", "of default")
+    for n in (1, LORA_BATCH):
+        rate = median_rate(bench.decode(n, [-1]))
+        share = ratio(rate, found.get(f"decode {n}"))
+        table.row(f"batch {n}", number(rate, 1), number(1e3 * n / rate, 3), number(share, 3))
+    for length in options.prompts:
+        ms = bench.ttft_ms(length, -1)
+        share = ratio(found.get(f"ttft {length}"), ms)
+        table.row(f"prompt {length}", "", number(ms, 2), number(share, 3))
+    bench.gpu.close()
+
+
 def rows_gap(options: argparse.Namespace, found: dict[str, float]) -> None:
     """In a process of its own, under torch's profiler; after the model above is closed."""
     command = [sys.executable, "-m", "benchmarks.profile_step", "--json", "--device"]
@@ -373,8 +391,8 @@ def names(text: str) -> list[str]:
     """Rows, as a list with commas."""
     found = text.split(",")
     for name in found:
-        if name not in ROWS + LONG_ROWS:
-            expected = ", ".join(ROWS + LONG_ROWS)
+        if name not in ROWS + MORE_ROWS:
+            expected = ", ".join(ROWS + MORE_ROWS)
             raise argparse.ArgumentTypeError(f"found {name!r}, expected some of {expected}")
     return found
 
@@ -413,6 +431,9 @@ def main(arguments: list[str], device: str) -> int:
             finally:
                 bench.gpu.close()
             found = bench.found
+    if "d1" in options.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            rows_d1(options, Path(folder), found)
     if "gap" in options.rows:
         rows_gap(options, found)
     n_missed = show_floors(found)

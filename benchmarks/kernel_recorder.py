@@ -8,6 +8,7 @@ records. Tracing has its price: kernels are stamped one by one, and launches tak
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -23,9 +24,14 @@ def is_usable() -> bool:
 
 
 class Recorder:
-    """Records from entering it to leaving it; then there is a trace."""
+    """Records from entering it to leaving it; then there is a trace. One in a process: the profiler
+    may see nothing the second time."""
 
     trace: Trace
+
+    def __init__(self, kept: Path | None = None) -> None:
+        """kept: where the Chrome trace is left, gzipped, for chrome://tracing or Perfetto."""
+        self._kept = kept
 
     def __enter__(self) -> Recorder:
         torch.cuda.init()  # a context before CUPTI asks for one
@@ -40,4 +46,7 @@ class Recorder:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             self._profile.export_chrome_trace(str(path))
-            self.trace = read_trace(json.loads(path.read_bytes())["traceEvents"])
+            text = path.read_bytes()
+        if self._kept is not None:
+            self._kept.write_bytes(gzip.compress(text))
+        self.trace = read_trace(json.loads(text)["traceEvents"])

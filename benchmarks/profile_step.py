@@ -162,6 +162,31 @@ def show_gap(gap: Gap) -> None:
           f"work {work_ms:.3f} of {gap.step_ms:.3f}")  # fmt: skip
 
 
+def show(
+    options: argparse.Namespace, trace: Trace, step_ms: float, host_ms: dict[str, float]
+) -> None:
+    steps = steps_of(trace)
+    if options.prefill:
+        last = steps[-1:]
+        print(
+            f"prompt of {options.prefill}: {last[0].next_us - last[0].begin_us:.0f} us traced; "
+            f"first token after {step_ms:.2f} ms without the profiler"
+        )
+        show_spent(spent(last))
+        return
+    chosen = decode_steps(steps, N_STEPS)
+    gap = gap_of(trace, chosen, options.batch, step_ms, host_ms)
+    if options.json:
+        print(json.dumps(asdict(gap)))
+        return
+    print(
+        f"batch {options.batch}, prompts of {options.prompt}: {len(chosen)} steps of "
+        f"{gap.traced_step_ms:.3f} ms traced, {gap.step_ms:.3f} without the profiler"
+    )
+    show_spent(spent(chosen))
+    show_gap(gap)
+
+
 # ---- the command ----
 
 
@@ -178,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-num-seqs", type=int, default=0, help="the batch, if not given")
     made.add_argument("--deterministic", action="store_true")
     made.add_argument("--eager", action="store_true", help="no graphs")
+    made.add_argument("--trace", type=Path, help="keep the Chrome trace there, gzipped")
     made.add_argument("--json", action="store_true", help="the gap's figures alone, as one object")
     return made
 
@@ -190,7 +216,7 @@ def measure(options: argparse.Namespace) -> tuple[Trace, float, dict[str, float]
         with GpuModel(shape, Path(folder), choice_of(options)) as model:
             step_ms, host_ms = run(model, options)
         with (
-            kernel_recorder.Recorder() as recorder,
+            kernel_recorder.Recorder(options.trace) as recorder,
             GpuModel(shape, Path(folder), choice_of(options)) as model,
         ):
             run(model, options)
@@ -202,25 +228,11 @@ def main(arguments: list[str] | None = None) -> int:
     if kernel_recorder is None or not kernel_recorder.is_usable():
         print("profile_step: found no torch that sees a GPU, and its profiler is what records")
         return 1
-    trace, step_ms, host_ms = measure(options)
-    steps = steps_of(trace)
-    if options.prefill:
-        last = steps[-1:]
-        print(f"prompt of {options.prefill}: {last[0].next_us - last[0].begin_us:.0f} us traced; "
-              f"first token after {step_ms:.2f} ms without the profiler")  # fmt: skip
-        show_spent(spent(last))
-        return 0
-    chosen = decode_steps(steps, N_STEPS)
-    gap = gap_of(trace, chosen, options.batch, step_ms, host_ms)
-    if options.json:
-        print(json.dumps(asdict(gap)))
-        return 0
-    print(
-        f"batch {options.batch}, prompts of {options.prompt}: {len(chosen)} steps of "
-        f"{gap.traced_step_ms:.3f} ms traced, {gap.step_ms:.3f} without the profiler"
-    )
-    show_spent(spent(chosen))
-    show_gap(gap)
+    try:
+        show(options, *measure(options))
+    except ValueError as problem:
+        print(f"profile_step: {problem}")
+        return 1
     return 0
 
 

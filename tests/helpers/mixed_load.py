@@ -14,6 +14,8 @@ from milpy.config import read_model_config
 from milpy.memory import MemoryReport
 
 N_REQUESTS = 48
+# Newcomers leave a page for each that runs: only answers over two page borders make pages run out.
+LONGER = 130
 
 
 class MixedLoad:
@@ -41,7 +43,7 @@ class MixedLoad:
         for i in range(N_REQUESTS):
             self._engine.submit(
                 rng.integers(3, 400, int(rng.integers(1, 200))).astype(np.int32),
-                max_tokens=int(rng.integers(1, 60)),
+                max_tokens=int(rng.integers(1, 60)) + (0, 0, 0, LONGER)[i % 4],
                 adapter=contents[i % len(contents)],
                 temperature=float(i % 3) / 2,
                 top_k=(0, 5)[i % 2],

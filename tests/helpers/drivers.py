@@ -155,7 +155,10 @@ def serve(
                 if sample is not None:
                     answers[id].append(sample)
                 n_open -= finish != _C.FINISH_NONE
-                assert finish in (_C.FINISH_NONE, _C.FINISH_LENGTH, _C.FINISH_ERROR), finish
+                # An engine that dies says why below.
+                assert finish in (_C.FINISH_NONE, _C.FINISH_LENGTH, _C.FINISH_ERROR), (
+                    f"request {list(answers).index(id)}, {len(answers[id])} tokens: {finish=}"
+                )
         stats = engine.stats()
     finally:
         engine.stop()

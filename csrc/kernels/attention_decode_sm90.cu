@@ -479,6 +479,9 @@ static __device__ __forceinline__ void consume(const mil_attention_sm90 &p, char
             mil_barrier_wait(mil_shared_address(&shared->k_full[stage]), parity);
             add_block(state, q, p, queued, key, k, k + Shape::TILE_BYTES,
                       mil_shared_address(&shared->v_full[stage]), parity);
+            /* ldmatrix that is on its way is no obstacle to the arrival: without the fence the next
+             * tile overwrites V that is still being read. */
+            mil_fence_shared();
             __syncwarp();
             if (lane == 0)
                 mil_barrier_arrive(mil_shared_address(&shared->empty[stage]));

@@ -90,7 +90,8 @@ static __device__ __forceinline__ void mil_copy_bulk(uint32_t shared, const void
                  : "memory");
 }
 
-/* This thread's stores to shared memory, before tensor cores or the copy engine look at it. */
+/* This thread's loads and stores of shared memory are done before tensor cores read it or the copy
+ * engine writes it. */
 static __device__ __forceinline__ void mil_fence_shared()
 {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -114,6 +114,21 @@ def test_many_decode_rows_of_all_lengths(path: str) -> None:
 
 
 @paths
+@pytest.mark.parametrize(("N", "K", "D"), [(8, 2, 128), (4, 2, 64)])
+def test_rows_leave_alone_what_their_block_still_reads_of_the_row_before(
+    path: str, N: int, K: int, D: int
+) -> None:
+    """More rows than a GPU has blocks for at once. The Hopper path once sent the next row's keys
+    over values that ldmatrix was still reading: now and then, and only where a block went on to a
+    row of so few keys that its last ones, NaN behind them, followed at once."""
+    lengths = [512] * 140 + np.random.default_rng(2).integers(100, 200, 300).tolist()
+    seqs: list[Part] = [(sequence(n, N, K, D, seed=i), n - 1, n) for i, n in enumerate(lengths)]
+    first = check(path, seqs, repeat=4)
+    for _ in range(8):
+        assert all(map(same, run(path, seqs, repeat=4), first))
+
+
+@paths
 def test_context_of_128k(path: str) -> None:
     seq = sequence(131072, 4, 1, 64)
     (row, tail) = run(path, [(seq, 131071, 131072), (seq, 131056, 131072)])

@@ -38,9 +38,9 @@ typedef struct plan_sequence {
 
 typedef struct plan_shared {
     plan_sequence sequences[THREADS];
-    int32_t first_item[THREADS + 1]; /* of each sequence of the group */
-    int32_t warp_sums[THREADS / MIL_WARP];
-    int32_t classes[2 * N_CLASSES]; /* items in it, then where its next one goes */
+    int32_t warp_sums[THREADS / MIL_WARP]; /* read as whole vectors: nothing else in those */
+    int32_t classes[2 * N_CLASSES];        /* items in it, then where its next one goes */
+    int32_t first_item[THREADS + 1];       /* of each sequence of the group */
 } plan_shared;
 
 static __device__ __forceinline__ int32_t clamp(int32_t x, int32_t low, int32_t high)
@@ -187,7 +187,7 @@ static __device__ mil_attention_item find_item(const plan_params &p, const plan_
 
 static __global__ void __launch_bounds__(THREADS) plan_kernel(const __grid_constant__ plan_params p)
 {
-    __shared__ plan_shared shared;
+    __shared__ __align__(16) plan_shared shared;
     const int32_t t = threadIdx.x;
     mil_wait_for_previous();
     mil_let_next_start();

@@ -52,7 +52,8 @@ typedef struct kv_cursor {
     int32_t first, kv_head;
     int32_t slot;
     int32_t n_items; /* taken so far */
-    int32_t unused[2];
+    int32_t has_ended;
+    int32_t unused;
 } kv_cursor;
 
 typedef struct attention_shared {
@@ -125,7 +126,7 @@ static __device__ __forceinline__ void take_item(const attention_params &p,
     if (index >= (int64_t)p.list->n_items * p.n_kv_heads) {
         if (threadIdx.x == 0)
             queued->item.n_rows = 0;
-        at->n_items--;
+        at->has_ended = 1;
         return;
     }
     const mil_attention_item item = p.items[(uint32_t)index / (uint32_t)p.n_kv_heads];
@@ -150,7 +151,7 @@ static __device__ __forceinline__ void look_ahead(const attention_params &p,
     kv_block *block = &shared->blocks[index % N_AHEAD];
     kv_cursor at = shared->cursor;
     __syncwarp(0xf);
-    if (at.key >= at.end)
+    if (at.key >= at.end && !at.has_ended)
         take_item(p, shared, &at);
     const bool is_end = at.key >= at.end;
     if (!is_end) {

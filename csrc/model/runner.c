@@ -9,6 +9,7 @@
 #include "model/warmup.h"
 #include "ops/chaos.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -167,9 +168,12 @@ void mil_runner_free(mil_runner *runner)
     if (runner == NULL)
         return;
     const mil_model *model = runner->model;
-    /* What is in flight reads what goes now; that it failed was said where it was waited for. */
-    mil_status status = model->backend->device->synchronize(model->ranks[0].queue);
-    (void)status;
+    /* What is in flight reads what goes now; that it failed was said where it was waited for. With
+     * nothing in flight the queue is left alone: another driver may be capturing on it. */
+    if (runner->is_dead || runner->n_retired != runner->n_submitted) {
+        mil_status status = model->backend->device->synchronize(model->ranks[0].queue);
+        (void)status;
+    }
     for (int32_t rank = 0; runner->states != NULL && rank < model->world; rank++)
         mil_state_deinit(&runner->states[rank]);
     model->backend->device->free_host(model->ranks[0].queue, &runner->ring_slab);
@@ -267,6 +271,7 @@ static mil_status prepare_steps(mil_runner *runner)
     if (status == MIL_OK)
         status = model->backend->device->synchronize(model->ranks[0].queue);
     pthread_mutex_unlock(&model->step_lock);
+    runner->is_dead = status != MIL_OK;
     return status;
 }
 
@@ -465,6 +470,16 @@ mil_status mil_runner_submit(mil_runner *runner)
     return submit_with(runner, NULL);
 }
 
+/* A device's fault shows only here, where its step is waited for. */
+static mil_status name_step(uint64_t step, mil_status status)
+{
+    char what[512];
+    if (status == MIL_OK)
+        return MIL_OK;
+    (void)snprintf(what, sizeof what, "%s", mil_status_message());
+    return mil_fail(status, "step %llu: %s", (unsigned long long)step, what);
+}
+
 mil_status mil_runner_wait(mil_runner *runner, const mil_sample **samples)
 {
     if (runner->n_retired == runner->n_submitted)
@@ -478,7 +493,7 @@ mil_status mil_runner_wait(mil_runner *runner, const mil_sample **samples)
     mil_chaos_sleep();
     runner->is_dead = runner->is_dead || status != MIL_OK;
     *samples = runner->ring[index].samples;
-    return status;
+    return name_step(runner->n_retired, status);
 }
 
 mil_status mil_runner_step(mil_runner *runner, mil_sample *samples, float *logits)

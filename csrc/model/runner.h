@@ -82,7 +82,7 @@ void mil_runner_poison_page(mil_runner *runner, int32_t page);
 const mil_config *mil_model_config(const mil_model *model);
 /* Memory where the model lies and its KV pages will, over all ranks. */
 typedef struct mil_model_memory {
-    const char *device; /* its name, "cpu", "cuda" */
+    const char *device; /* "cpu", "cuda:0 (NVIDIA H200)": the first rank's */
     bool is_device;     /* not the host's */
     uint64_t n_free;
     uint64_t n_total;

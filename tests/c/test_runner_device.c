@@ -39,7 +39,7 @@ static struct {
 static mil_status memory(struct mil_queue *queue, mil_device_memory *memory)
 {
     (void)queue;
-    *memory = (mil_device_memory){meter.n_free, N_TOTAL, N_TOTAL};
+    *memory = (mil_device_memory){"metered", meter.n_free, N_TOTAL, N_TOTAL};
     return MIL_OK;
 }
 

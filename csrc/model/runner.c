@@ -167,12 +167,14 @@ void mil_runner_free(mil_runner *runner)
 {
     if (runner == NULL)
         return;
-    const mil_model *model = runner->model;
+    mil_model *model = runner->model;
     /* What is in flight reads what goes now; that it failed was said where it was waited for. With
      * nothing in flight the queue is left alone: another driver may be capturing on it. */
     if (runner->is_dead || runner->n_retired != runner->n_submitted) {
+        pthread_mutex_lock(&model->step_lock);
         mil_status status = model->backend->device->synchronize(model->ranks[0].queue);
         (void)status;
+        pthread_mutex_unlock(&model->step_lock);
     }
     for (int32_t rank = 0; runner->states != NULL && rank < model->world; rank++)
         mil_state_deinit(&runner->states[rank]);

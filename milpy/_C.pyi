@@ -128,6 +128,10 @@ def op_sample(
     logits: _Operand,
     params: _Operand,
     positions: _Operand,
+    logprobs: _Operand | None,
+    ranks: _Operand | None,
+    top_tokens: _Operand | None,
+    top_logprobs: _Operand | None,
     /,
 ) -> None: ...
 def op_rope(

@@ -59,7 +59,8 @@ static PyMethodDef methods[] = {
     OP(silu_and_mul, "out, gate_up, interleave"),
     OP(linear, "out, x, weight, bias, deterministic"),
     OP(embedding, "out, tokens, weight"),
-    OP(sample, "out, logits, params, positions"),
+    OP(sample, "out, logits, params, positions, logprobs, ranks, top_tokens,"
+               " top_logprobs"),
     OP(rope, "out, x, positions, cos, sin, interleaved"),
     OP(rope_and_cache, "out, qkv, positions, cos, sin, k_cache, v_cache, page_table, query_indptr,"
                        " kv_lengths, interleaved"),

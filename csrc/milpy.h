@@ -304,6 +304,8 @@ typedef struct mil_engine_stats {
     uint64_t submit_ns; /* handing it to the device; where the host computes, all of the step */
     uint64_t wait_ns;   /* for the oldest step on the device */
     uint64_t retire_ns; /* its tokens to requests and events */
+    /* Before the first step: capturing every decode step, the dry run that is measured included. */
+    uint64_t capture_ns;
     size_t kv_bytes;
     size_t workspace_bytes;
 } mil_engine_stats;

@@ -69,6 +69,7 @@ class _EngineStats(TypedDict):
     submit_ns: int
     wait_ns: int
     retire_ns: int
+    capture_ns: int
     kv_bytes: int
     workspace_bytes: int
 

@@ -158,8 +158,9 @@ typedef struct mil_model_report {
     int32_t n_adapters;   /* contents now held */
     int32_t world;
     int32_t n_threads;
-    const char *device; /* "cpu", "cuda" */
-    const char *isa;    /* of this CPU: "avx512bf16", "avx512", "avx2", "scalar" */
+    const char *device;  /* "cpu", "cuda" */
+    const char *isa;     /* of this CPU: "avx512bf16", "avx512", "avx2", "scalar" */
+    const char *no_cuda; /* why device "auto" became "cpu", the model's own text; else "" */
 } mil_model_report;
 
 void mil_model_report_get(const mil_model *model, mil_model_report *report);

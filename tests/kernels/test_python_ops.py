@@ -94,9 +94,11 @@ def test_float32_of_a_product_is_for_the_cpu_alone() -> None:
 # ---- logprobs ----
 
 
+@pytest.mark.parametrize("made", [Driver, Torch, Cupy])
 @pytest.mark.parametrize("vocab", logprobs.VOCABS)
 @pytest.mark.parametrize("columns", [0, 3, 20])
-def test_logprobs_are_those_of_log_softmax(library: Any, vocab: int, columns: int) -> None:
+def test_logprobs_are_those_of_log_softmax(made: Any, vocab: int, columns: int) -> None:
+    library = made()
     logits, params = logprobs.rows_of(vocab)
     n = len(params)
     written = [np.full(n, 99, dtype) for dtype in (np.int32, np.float32, np.int32)]

@@ -127,7 +127,8 @@ def test_a_driver_that_is_too_old_is_told_with_its_version(tmp_path: Path) -> No
     source.write_text(OLD_DRIVER)
     compiler = os.environ.get("CC", "cc").split()
     subprocess.run([*compiler, "-shared", "-fPIC", source, "-o", library], check=True)
-    report = run("-m", "milpy", "doctor", LD_LIBRARY_PATH=str(tmp_path))
+    places = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    report = run("-m", "milpy", "doctor", LD_LIBRARY_PATH=places)
     (line,) = values_of(report, "cuda")
     assert line.startswith("cannot run: cuda: the NVIDIA driver is for CUDA 11.0, expected CUDA 1")
 

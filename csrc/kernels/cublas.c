@@ -191,6 +191,11 @@ int64_t mil_cublas_version(const struct mil_cublas *cublas)
     return (int64_t)cublas->lib.GetVersion();
 }
 
+const char *mil_cublas_path(const struct mil_cublas *cublas)
+{
+    return cublas->lib.path;
+}
+
 /* ---- the table ---- */
 
 static int32_t round_up(int32_t value, int32_t multiple)

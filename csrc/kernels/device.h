@@ -2,16 +2,13 @@
 #pragma once
 
 #include "kernels/cuda.h"
+#include "ops/find.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 extern const mil_device mil_cuda_device;
-
-/* Devices that a driver of this build's CUDA can use, at least one. MIL_ERR_DEVICE says what is
- * missing: a driver, a newer one, a device. */
-mil_status mil_cuda_count(int32_t *n_devices) MIL_WARN_UNUSED;
 
 /* A thread's current device is its own affair: queue's is made current, and what was is put back.
  */

@@ -163,6 +163,7 @@ static mil_status find_backend(mil_model *model, const char *device)
     if (device == NULL || strcmp(device, "auto") == 0) {
         if (mil_backend_find(&model->backend, "cuda") == MIL_OK)
             return MIL_OK;
+        (void)snprintf(model->no_cuda, sizeof model->no_cuda, "%s", mil_status_message());
         return mil_backend_find(&model->backend, "cpu");
     }
     int n_fields = sscanf(device, "%15[a-z]%n:%d%n", name, &n_read, &model->ordinal, &n_read);
@@ -294,6 +295,7 @@ void mil_model_report_get(const mil_model *model, mil_model_report *report)
         .n_threads = model->n_threads,
         .device = model->backend->device->name,
         .isa = model->isa,
+        .no_cuda = model->no_cuda,
     };
     for (int32_t rank = 0; rank < model->world; rank++)
         report->weight_bytes += model->ranks[rank].slab.n_bytes;

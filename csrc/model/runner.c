@@ -6,6 +6,7 @@
 #include "model/runner.h"
 
 #include "base/machine.h"
+#include "base/threads.h"
 #include "model/warmup.h"
 #include "ops/chaos.h"
 
@@ -34,6 +35,7 @@ struct mil_runner {
     int32_t n_positions;    /* rows of the rope tables that are ready for this runner */
     uint64_t n_free_before; /* on the model's devices, when this runner began */
     size_t graph_bytes;     /* as mil_runner_memory has it */
+    uint64_t capture_ns;    /* of all captures so far */
     bool is_warm;           /* every kernel of a step has run once */
     bool has_plan;          /* given out and not submitted */
     bool is_checked;
@@ -267,11 +269,13 @@ static mil_status prepare_steps(mil_runner *runner)
     if (!runner->is_warm)
         status = mil_warmup_kernels(&runner->step);
     runner->is_warm = status == MIL_OK;
+    uint64_t begin = mil_clock_ns();
     if (status == MIL_OK)
         status = mil_warmup_graphs(&runner->step, runner->options.has_graphs);
     /* Graphs are on their way to the device, and what they take of it is to be measured. */
     if (status == MIL_OK)
         status = model->backend->device->synchronize(model->ranks[0].queue);
+    runner->capture_ns += runner->options.has_graphs ? mil_clock_ns() - begin : 0;
     pthread_mutex_unlock(&model->step_lock);
     runner->is_dead = status != MIL_OK;
     return status;
@@ -294,6 +298,11 @@ void mil_runner_memory_get(const mil_runner *runner, mil_runner_memory *memory)
         add_slab(&memory->workspace_bytes, &memory->untouched_bytes, &state->slab, is_host);
         add_slab(&memory->kv_bytes, &memory->untouched_bytes, &state->kv_slab, is_host);
     }
+}
+
+uint64_t mil_runner_capture_ns(const mil_runner *runner)
+{
+    return runner->capture_ns;
 }
 
 /* What the devices have less than before this runner, and that is not in its slabs. */

@@ -96,6 +96,21 @@ class Weight:
         packed = np.concatenate(rows)[self.order()]
         self.panels.view(np.uint16)[: packed.size] = packed.ravel()
 
+    def rows(self) -> Array:
+        """A GPU's, as bits of bfloat16, [N, K] in packed order."""
+        return self.panels.view(np.uint16)[: self.N * self.K].reshape(self.N, self.K)
+
+    def pack_dummy(
+        self, part: int, row: int, n_rows: int, stream: int, begin: int, stride: int
+    ) -> None:
+        """Rows row .. of a part become dummy weights; on a GPU."""
+        self.shim.check(
+            library().shim_pack_dummy(
+                self.shim.handle, ct.byref(self.struct()), part, row, n_rows, ct.c_uint64(stream),
+                ct.c_uint64(begin), ct.c_int64(stride),
+            )
+        )  # fmt: skip
+
     def struct(self) -> WeightStruct:
         sizes = [len(part) for part in self.parts]
         return WeightStruct(

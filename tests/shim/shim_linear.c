@@ -1,4 +1,4 @@
-/* packed_bytes, pack, lora packs, linear, shrink, expand, linear_lora, gate_up_act. */
+/* packed_bytes, pack, pack_dummy, lora packs, linear, shrink, expand, linear_lora, gate_up_act. */
 #include "ops/ops.h"
 #include "shim.h"
 
@@ -35,6 +35,8 @@ SHIM int64_t shim_packed_bytes(shim *s, int32_t N, int32_t K);
 SHIM int64_t shim_lora_bytes(shim *s, bool is_b, int32_t rank, int32_t size);
 SHIM void shim_pack(shim *s, const shim_weight *weight, int32_t part, int32_t row, int32_t n_rows,
                     const void *src, int32_t dtype, int64_t stride);
+SHIM mil_status shim_pack_dummy(shim *s, const shim_weight *weight, int32_t part, int32_t row,
+                                int32_t n_rows, uint64_t stream, uint64_t begin, int64_t stride);
 SHIM void shim_lora_pack(shim *s, bool is_b, void *packed, const uint16_t *src, int32_t rank,
                          int32_t size);
 SHIM mil_status shim_linear(shim *s, void *y, const uint16_t *x, const shim_weight *weight,
@@ -85,6 +87,22 @@ void shim_pack(shim *s, const shim_weight *from, int32_t part, int32_t row, int3
     mil_weight weight = view_weight(s, from);
     (void)s->context.backend->pack(s->context.queue, &weight, part, row, n_rows,
                                    (void *)(uintptr_t)src, (mil_dtype)dtype, stride);
+}
+
+/* Rows of a GPU's weight. They are made on the calling thread's stream, not the queue's. */
+mil_status shim_pack_dummy(shim *s, const shim_weight *from, int32_t part, int32_t row,
+                           int32_t n_rows, uint64_t stream, uint64_t begin, int64_t stride)
+{
+    const mil_backend *backend = s->context.backend;
+    mil_weight weight = view_weight(s, from);
+    size_t n_bytes = backend->packed_bytes(from->N, from->K);
+    weight.data = shim_lend(s, from->panels, n_bytes, SHIM_BOTH);
+    MIL_TRY(shim_enter(s));
+    mil_status status = backend->device->synchronize(s->context.queue);
+    if (status == MIL_OK)
+        status = backend->pack_dummy(s->context.queue, &weight, part, row, n_rows, stream, begin,
+                                     stride);
+    return shim_leave(s, status);
 }
 
 void shim_lora_pack(shim *s, bool is_b, void *packed, const uint16_t *src, int32_t rank,

@@ -36,7 +36,7 @@ MARKS = "gpu or multigpu"
 PORTABLE = {"MILPY_CUDA_PATH": "portable"}
 NO_TESTS = 5  # pytest's status where none was selected
 CANNOT_RUN = 77  # tools/sanitize.sh's
-MOST_SHOWN = 40  # failed tests of a stage, by name
+MOST_SHOWN = 20  # failed tests of a stage, by name
 # torch has no PTX of its own kernels.
 NEEDS_TORCHS_KERNELS = "test_python_ops_torch.py"
 
@@ -199,18 +199,18 @@ def show_machine() -> None:
 
 
 def show_table(found: dict[str, Outcome]) -> None:
+    """Last, below what it sums up."""
+    print()
+    for name, it in found.items():
+        for why, n in it.skips.most_common():
+            print(f"skipped {name}: {n} x {why}")
+    for name, it in found.items():
+        for problem in it.problems[:MOST_SHOWN]:
+            print(f"FAILED {name}: {problem}")
     print(f"\n{'stage':10} {'passed':>7} {'failed':>7} {'skipped':>7} {'seconds':>8}")
     for name, it in found.items():
         counts = f"{it.n_passed:7} {it.n_failed:7} {it.skips.total():7} {it.seconds:8.0f}"
         print(f"{name:10} {counts}" + ("  FAILED" if it.problems else ""))
-    reasons = [(n, name, why) for name, it in found.items() for why, n in it.skips.most_common()]
-    if reasons:
-        print("skipped:")
-    for n, name, why in reasons:
-        print(f"  {n:4} {name:10} {why}")
-    for name, it in found.items():
-        for problem in it.problems[:MOST_SHOWN]:
-            print(f"FAILED {name}: {problem}")
 
 
 def main() -> int:

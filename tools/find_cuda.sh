@@ -54,7 +54,7 @@ for root in "$top" "$CUDA_HOME" /usr/local/cuda /usr "$wheels"; do
     [ -n "$root" ] && grep -Eq "define CUDART_VERSION +$1[0-9]{3}" "$header" 2>/dev/null && break
     root=
 done
-cudart="expected cuda-cudart-dev (NVIDIA's apt) or nvidia-cuda-runtime (pip)"
+cudart="expected cuda-cudart-dev (NVIDIA's apt) or nvidia-cuda-runtime (pip, CUDA 13)"
 [ -n "$root" ] || missing "found no cuda_runtime_api.h of CUDA $1 for $nvcc; $cudart"
 for lib in "$root/lib64" "$root/lib" "$root/lib/$(uname -m)-linux-gnu" "$root"/targets/*/lib; do
     [ -f "$lib/libcudart_static.a" ] && break

@@ -183,6 +183,8 @@ def skip_all(options: list[str]) -> dict[str, Outcome]:
     began = time.monotonic()
     outcome = run_pytest(["tests", "-m", MARKS], options, dict(os.environ), is_shown=True)
     outcome.seconds = time.monotonic() - began
+    if not options and not outcome.skips:
+        outcome.problems.append("no test was found")
     return {"all": outcome}
 
 

@@ -56,7 +56,8 @@ for root in "$top" "$CUDA_HOME" /usr/local/cuda /usr "$wheels"; do
 done
 cudart="expected cuda-cudart-dev (NVIDIA's apt) or nvidia-cuda-runtime (pip, CUDA 13)"
 [ -n "$root" ] || missing "found no cuda_runtime_api.h of CUDA $1 for $nvcc; $cudart"
-for lib in "$root/lib64" "$root/lib" "$root/lib/$(uname -m)-linux-gnu" "$root"/targets/*/lib; do
+for lib in "$root/lib64" "$root/lib" "$root/lib/$(uname -m)-linux-gnu" \
+    "$root/targets/$(uname -m)-linux/lib" "$root"/targets/*/lib; do
     [ -f "$lib/libcudart_static.a" ] && break
     lib=
 done

@@ -137,21 +137,25 @@ def portable(options: list[str], env: dict[str, str]) -> Outcome:
 
 def sanitize(options: list[str], env: dict[str, str]) -> Outcome:
     """The script chooses its tests itself."""
-    done = subprocess.run(
-        ["sh", "tools/sanitize.sh"],
-        cwd=ROOT,
-        env={**env, "PYTHON": sys.executable},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    print(done.stdout, end="", flush=True)
-    outcome = Outcome(n_passed=sum(map(int, re.findall(r"(\d+) passed", done.stdout))))
-    if done.returncode == CANNOT_RUN:
-        outcome.skips[done.stdout.strip().splitlines()[-1]] += 1
-    elif done.returncode != 0:
-        outcome.n_failed = len(re.findall(r"^\w+ .* FAILED \(\d+\)", done.stdout, re.M))
-        outcome.problems.append(f"tools/sanitize.sh ended with {done.returncode}")
+    outcome, line = Outcome(), ""
+    env = {**env, "PYTHON": sys.executable}
+    command = ["sh", "tools/sanitize.sh"]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            # A line of its table: tool, file, ok or FAILED (status), seconds, what was said.
+            row = re.match(r"(\w+ +\w+) +(ok|FAILED \(\d+\)) +\d+s ", line)
+            if row is None:
+                continue
+            outcome.n_passed += sum(map(int, re.findall(r"(\d+) passed", line)))
+            if row[2] != "ok":
+                outcome.n_failed += 1
+                outcome.problems.append(f"{row[1]}: {row[2]}")
+    if process.returncode == CANNOT_RUN:
+        outcome.skips[line.strip()] += 1
+    elif process.returncode != 0:
+        outcome.problems.append(f"tools/sanitize.sh ended with {process.returncode}")
     return outcome
 
 
@@ -174,7 +178,8 @@ def run_stages(names: list[str], options: list[str]) -> dict[str, Outcome]:
         outcome = found[name] = STAGES[name](options, env)
         outcome.seconds = time.monotonic() - began
         # Options may leave nothing of a stage, and a sanitizer may be unable to run here.
-        if not options and name != "sanitize" and outcome.n_passed == 0:
+        may_be_empty = bool(options) or (name == "sanitize" and bool(outcome.skips))
+        if outcome.n_passed == 0 and not may_be_empty:
             outcome.problems.append("no test passed")
     return found
 
@@ -216,7 +221,9 @@ def show_table(found: dict[str, Outcome]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(usage="test_gpu.py [--only STAGE,STAGE] [pytest's options]")
+    parser = argparse.ArgumentParser(
+        usage="test_gpu.py [--only STAGE,STAGE] [pytest's options]", allow_abbrev=False
+    )
     parser.add_argument("--only", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
     arguments, options = parser.parse_known_args()
     names = arguments.only.split(",")

@@ -92,7 +92,8 @@ def test_torch_stays_on_the_first_gpu(torch: Any) -> None:
 
     def is_on_first() -> bool:
         made = torch.ones(4, device="cuda")
-        return torch.cuda.current_device() == 0 and made.device.index == 0 and made.sum() == 4
+        assert made.sum() == 4
+        return made.device.index == 0 and torch.cuda.current_device() == 0
 
     with opened("cuda:1") as llm:
         assert is_on_first()

@@ -143,7 +143,7 @@ class Torch:
     def __init__(self) -> None:
         self.torch = pytest.importorskip("torch")
         if not self.torch.cuda.is_available():
-            pytest.skip("this torch has no CUDA")
+            pytest.skip(f"needs torch with CUDA: found {self.torch.__version__}")
 
     def put(self, x: Array) -> Any:
         if x.dtype == np.uint16:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import cuda_arrays
+from helpers.gpu import need_cuda, need_file
 from helpers.mixed_load import MixedLoad, check_steps_allocate_nothing
 from helpers.tiny_llama import llama_config, write_adapter
 
@@ -27,23 +28,13 @@ LEFT = 8 * MIB
 ANSWER = SamplingParams(temperature=0, max_tokens=40)
 
 
-def has_cuda() -> str:
-    """Why there is none, or nothing."""
-    if not demo.BASE.is_dir():
-        return f"no demo model in {demo.BASE}"
-    try:
-        with LLM(demo.BASE, device="cuda", progress=False, enforce_eager=True):
-            return ""
-    except Exception as problem:
-        return str(problem)
-
-
 @pytest.fixture(scope="module")
 def cuda() -> None:
     """Also makes the context and loads what stays with the process, before anything is measured."""
-    reason = has_cuda()
-    if reason:
-        pytest.skip(reason)
+    need_cuda()
+    need_file(demo.BASE, "tools/demo_train.py")
+    with LLM(demo.BASE, device="cuda", progress=False, enforce_eager=True):
+        pass
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]

@@ -53,14 +53,14 @@ static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_bat
     return {0, 0, 0};
 }
 
-/* Most tiles that a launch of these buckets can meet: every segment may leave one tile part full.
- */
-static inline uint32_t mil_lora_max_tiles(const mil_batch *batch, int32_t n_slots,
-                                          int32_t tile_rows)
+/* Most tiles that a launch of these buckets can meet: every segment may leave one tile with a
+ * single row. Segments of the bucket, not slots of the table: adapters that are resident and not in
+ * the batch cost nothing. */
+static inline uint32_t mil_lora_max_tiles(const mil_batch *batch, int32_t tile_rows)
 {
-    int32_t n_tokens = batch->header->bucket_tokens;
-    int32_t n_segments = n_tokens < n_slots ? n_tokens : n_slots;
-    return (uint32_t)(n_tokens / tile_rows + n_segments);
+    int32_t n_tokens = batch->header->bucket_tokens, n_segments = batch->header->bucket_segments;
+    int64_t n_in_use = n_tokens < n_segments ? n_tokens : n_segments;
+    return (uint32_t)((n_tokens + n_in_use * (tile_rows - 1)) / tile_rows);
 }
 
 static __host__ __device__ __forceinline__ int32_t mil_lora_splits(int32_t in, int32_t padded_rank)

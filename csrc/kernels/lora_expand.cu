@@ -151,16 +151,19 @@ static __device__ __forceinline__ void add_to_y(const expand_params &p, int32_t 
     }
 }
 
-/* Grid: (blocks of columns over all parts, tiles). */
+/* Grid, flat because tiles alone may pass what y and z take: blocks of columns over all parts, then
+ * tiles, so that tiles that are not there come last. */
 static __global__ void __launch_bounds__(THREADS) expand_kernel(expand_params p)
 {
     extern __shared__ __align__(16) unsigned char shared[];
     fragments &f = *(fragments *)shared;
     int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
-    int32_t block = (int32_t)blockIdx.x, part = 0;
+    uint32_t n_blocks = (uint32_t)p.first_block[p.n_parts];
+    int32_t block = (int32_t)(blockIdx.x % n_blocks), part = 0;
     mil_let_next_start();
     mil_wait_for_previous();
-    mil_lora_tile tile = mil_lora_tile_find(p.batch, (int32_t)blockIdx.y, MIL_LORA_TILE_ROWS);
+    mil_lora_tile tile =
+        mil_lora_tile_find(p.batch, (int32_t)(blockIdx.x / n_blocks), MIL_LORA_TILE_ROWS);
     if (tile.n_rows == 0)
         return;
     while (part + 1 < p.n_parts && block >= p.first_block[part + 1])
@@ -230,8 +233,12 @@ extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_
         p.first_block[part + 1] =
             p.first_block[part] + (p.part_rows[part] + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     }
-    dim3 grid((uint32_t)p.first_block[lora->n_parts],
-              mil_lora_max_tiles(lora->batch, lora->table->n_slots, MIL_LORA_TILE_ROWS));
-    return mil_launch(context->queue, "lora_expand", expand_kernel, grid, dim3(THREADS),
-                      sizeof(fragments), p);
+    uint32_t n_tiles = mil_lora_max_tiles(lora->batch, MIL_LORA_TILE_ROWS);
+    int64_t n_blocks = (int64_t)p.first_block[lora->n_parts] * n_tiles;
+    if (n_blocks > INT32_MAX)
+        return mil_fail(MIL_ERR_UNSUPPORTED,
+                        "lora_expand: %d rows by %d columns, more than one launch", n_tokens,
+                        args->weight->N);
+    return mil_launch(context->queue, "lora_expand", expand_kernel, dim3((uint32_t)n_blocks),
+                      dim3(THREADS), sizeof(fragments), p);
 }

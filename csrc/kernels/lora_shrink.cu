@@ -206,8 +206,8 @@ extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_
     bool has_many = n_tokens >= MANY_ROWS;
     int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
     /* A row of x is at least as long as any A's. */
-    dim3 grid(mil_lora_max_tiles(lora->batch, lora->table->n_slots, tile_rows),
-              (uint32_t)lora->n_parts, (uint32_t)mil_lora_splits((int32_t)args->ldx, 1));
+    dim3 grid(mil_lora_max_tiles(lora->batch, tile_rows), (uint32_t)lora->n_parts,
+              (uint32_t)mil_lora_splits((int32_t)args->ldx, 1));
     return mil_launch(context->queue, "lora_shrink",
                       has_many ? shrink_kernel<true> : shrink_kernel<false>, grid, dim3(THREADS), 0,
                       p);

@@ -5,8 +5,8 @@
  * cuBLASLt, by its fixed table, accumulates in fp32, adds the bias in fp32 and rounds once. It
  * wants a bias of y's type, so for bf16 y the bias is rounded to bf16 first: exact for a
  * checkpoint's bf16 bias, and the plain bf16 formula for others. Our own product (product.h) serves
- * contexts that are deterministic, shapes and alignments that the library does not take, and keeps
- * the bias in fp32. */
+ * contexts that are deterministic, shapes, alignments and numbers of rows that the library does not
+ * take, and keeps the bias in fp32. */
 #include "kernels/cublas.h"
 #include "kernels/product.h"
 

@@ -463,6 +463,24 @@ static bool is_aligned(const void *address)
     return (uintptr_t)address % 16 == 0;
 }
 
+/* A kernel is loaded when the runtime is first asked about it. */
+template <typename Kernel>
+static mil_status load(Kernel kernel)
+{
+    cudaFuncAttributes unused;
+    return mil_cuda_status(cudaFuncGetAttributes(&unused, kernel), "product: loading a kernel");
+}
+
+extern "C" mil_status mil_cuda_product_load(void)
+{
+    MIL_TRY(load(few_rows_kernel<64, 16, 5>));
+    MIL_TRY(load(few_rows_kernel<64, 32, 4>));
+    MIL_TRY(load(few_rows_kernel<128, 64, 4>));
+    MIL_TRY(load(combine_kernel));
+    MIL_TRY(load(many_rows_kernel<true>));
+    return load(many_rows_kernel<false>);
+}
+
 extern "C" mil_status mil_cuda_product(mil_context *context, const mil_linear_args *args)
 {
     const mil_weight *weight = args->weight;

@@ -2,8 +2,8 @@
 
 #include <string.h>
 
-/* Eight sizes to a doubling, so that padding is a ninth of a step at most; four where there would
- * be too many to capture. */
+/* From 64 on eight sizes to a doubling, so that padding is a ninth of a step at most; four where
+ * there would be too many to capture. */
 static int32_t next_size(int32_t size)
 {
     int32_t power = 8;

@@ -240,16 +240,13 @@ int64_t mil_cublas_version(const struct mil_cublas *cublas)
 
 /* ---- the table ---- */
 
-static int32_t round_up(int32_t value, int32_t multiple)
-{
-    return (value + multiple - 1) / multiple * multiple;
-}
-
 int32_t mil_cublas_bucket(int32_t M)
 {
     int32_t power = 1;
-    if (M > 16 && M <= 8192)
-        return round_up(M, M <= 128 ? 16 : M <= 512 ? 64 : M <= 2048 ? 256 : 1024);
+    if (M > 16 && M <= 8192) {
+        size_t multiple = M <= 128 ? 16 : M <= 512 ? 64 : M <= 2048 ? 256 : 1024;
+        return (int32_t)mil_round_up((size_t)M, multiple);
+    }
     while (power < M && power <= INT32_MAX / 2)
         power *= 2;
     return power < M ? INT32_MAX : power;

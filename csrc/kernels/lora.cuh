@@ -32,7 +32,7 @@ static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_bat
         bool is_there = segment < n_segments;
         int32_t first = is_there ? batch.segment_indptr[segment] : 0;
         int32_t end = is_there ? batch.segment_indptr[segment + 1] : 0;
-        int32_t n_tiles = (end - first + tile_rows - 1) / tile_rows;
+        int32_t n_tiles = mil_ceil_div(end - first, tile_rows);
         int32_t sum = n_tiles;
 #pragma unroll
         for (int offset = 1; offset < MIL_WARP; offset *= 2) {
@@ -59,13 +59,11 @@ static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_bat
 static inline uint32_t mil_lora_max_tiles(const mil_batch *batch, int32_t tile_rows)
 {
     int32_t n_tokens = batch->header->bucket_tokens, n_segments = batch->header->bucket_segments;
-    int64_t n_in_use = n_tokens < n_segments ? n_tokens : n_segments;
+    int64_t n_in_use = min(n_tokens, n_segments);
     return (uint32_t)((n_tokens + n_in_use * (tile_rows - 1)) / tile_rows);
 }
 
 static __host__ __device__ __forceinline__ int32_t mil_lora_splits(int32_t in, int32_t padded_rank)
 {
-    int32_t wanted = (in + MIL_LORA_SPLIT_K - 1) / MIL_LORA_SPLIT_K;
-    int32_t most = MIL_LORA_V_PART / padded_rank;
-    return wanted < most ? wanted : most;
+    return min(mil_ceil_div(in, MIL_LORA_SPLIT_K), MIL_LORA_V_PART / padded_rank);
 }

@@ -231,7 +231,7 @@ extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_
         p.projections[part] = lora->projections[part];
         p.part_rows[part] = args->weight->part_rows[part];
         p.first_block[part + 1] =
-            p.first_block[part] + (p.part_rows[part] + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+            p.first_block[part] + mil_ceil_div(p.part_rows[part], BLOCK_COLUMNS);
     }
     uint32_t n_tiles = mil_lora_max_tiles(lora->batch, MIL_LORA_TILE_ROWS);
     int64_t n_blocks = (int64_t)p.first_block[lora->n_parts] * n_tiles;

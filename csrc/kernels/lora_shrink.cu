@@ -133,7 +133,7 @@ static __global__ void __launch_bounds__(THREADS) shrink_kernel(shrink_params p)
     if (split >= n_splits)
         return;
     const int32_t unit = QUARTERS * BLOCK_K;
-    int32_t split_k = ((in + n_splits - 1) / n_splits + unit - 1) / unit * unit;
+    int32_t split_k = mil_ceil_div(mil_ceil_div(in, n_splits), unit) * unit;
     int32_t quarter_k = split_k / QUARTERS;
     bool is_aligned = in % 8 == 0 && p.ldx % 8 == 0;
     const uint16_t *x[2];

@@ -53,14 +53,20 @@ static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_bat
     return {0, 0, 0};
 }
 
-/* Most tiles that a launch of these buckets can meet: every segment may leave one tile with a
- * single row. Segments of the bucket, not slots of the table: adapters that are resident and not in
- * the batch cost nothing. */
+/* Rows with an adapter that a launch can meet. */
+static inline int32_t mil_lora_max_rows(const mil_batch *batch)
+{
+    return min(batch->header->bucket_lora_rows, batch->header->bucket_tokens);
+}
+
+/* Tiles that a launch can meet: every segment may leave one with a single row. Rows and segments of
+ * the bucket, not slots of the table: adapters that are resident and not in the batch cost nothing.
+ */
 static inline uint32_t mil_lora_max_tiles(const mil_batch *batch, int32_t tile_rows)
 {
-    int32_t n_tokens = batch->header->bucket_tokens, n_segments = batch->header->bucket_segments;
-    int64_t n_in_use = min(n_tokens, n_segments);
-    return (uint32_t)((n_tokens + n_in_use * (tile_rows - 1)) / tile_rows);
+    int32_t n_rows = mil_lora_max_rows(batch);
+    int64_t n_segments = min(n_rows, batch->header->bucket_segments);
+    return (uint32_t)((n_rows + n_segments * (tile_rows - 1)) / tile_rows);
 }
 
 static __host__ __device__ __forceinline__ int32_t mil_lora_splits(int32_t in, int32_t padded_rank)

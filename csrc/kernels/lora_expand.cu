@@ -209,8 +209,8 @@ static bool is_vector(const mil_lora_expand_args *args)
 extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_expand_args *args)
 {
     const mil_lora_args *lora = &args->lora;
-    int32_t n_tokens = lora->batch->header->bucket_tokens;
-    if (n_tokens == 0 || lora->batch->header->bucket_segments == 0)
+    int32_t n_rows = mil_lora_max_rows(lora->batch);
+    if (n_rows == 0 || lora->batch->header->bucket_segments == 0)
         return MIL_OK;
     if (lora->v_part_stride != MIL_LORA_V_PART)
         return mil_fail(MIL_ERR_INTERNAL, "lora_expand: v_part_stride is %lld, expected %d",
@@ -223,7 +223,7 @@ extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_
     p.v_stride = lora->v_stride;
     p.y = (uint16_t *)args->y;
     p.ldy = args->ldy;
-    p.n_tokens = n_tokens;
+    p.n_tokens = lora->batch->header->bucket_tokens;
     p.n_parts = lora->n_parts;
     p.interleave = args->weight->interleave;
     p.is_vector = is_vector(args);
@@ -237,7 +237,7 @@ extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_
     int64_t n_blocks = (int64_t)p.first_block[lora->n_parts] * n_tiles;
     if (n_blocks > INT32_MAX)
         return mil_fail(MIL_ERR_UNSUPPORTED,
-                        "lora_expand: %d rows by %d columns, more than one launch", n_tokens,
+                        "lora_expand: %d rows by %d columns, more than one launch", n_rows,
                         args->weight->N);
     return mil_launch(context->queue, "lora_expand", expand_kernel, dim3((uint32_t)n_blocks),
                       dim3(THREADS), sizeof(fragments), p);

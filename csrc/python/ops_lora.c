@@ -101,7 +101,8 @@ static void lend_segments(mil_op_call *call, lent_lora *to, const lora_operands 
                    .n_segments = G,
                    .n_lora_rows = o->n_rows,
                    .bucket_tokens = T,
-                   .bucket_segments = G},
+                   .bucket_segments = G,
+                   .bucket_lora_rows = o->n_rows},
         .to = mil_op_temporary(call, sizeof(mil_plan_header)),
     };
     to->batch = (mil_batch){

@@ -104,7 +104,7 @@ def test_both_together_add_each_rows_adapter(
 
 @pytest.mark.parametrize("n_rows", [1, 15, 17, 64, small(640)])
 def test_a_row_keeps_its_bits_in_any_batch(path: str, n_rows: int) -> None:
-    """534 rows of 640 have an adapter and take the kernel for many rows, one row the one for few."""
+    """534 rows of 640 have an adapter and take the kernel for many rows; one row that for few."""
     with Shim(path, max_tokens=n_rows) as shim:
         weight, x, adapters = make(shim, [48, 24, 8], 0, 2080, n_rows)
         base = np.zeros((n_rows, weight.N), np.float32)

@@ -13,7 +13,7 @@
 #define MIL_ATTENTION_ROWS 16  /* tiles of at most so many rows are worked on by a whole block */
 /* Keys of the shortest split. Shorter ones serve one sequence, longer ones many: Llama-3-8B's shape
  * at 1k decodes 211 / 1504 / 7465 tokens a second at batch 1 / 8 / 64 with 256, 202 / 1516 / 7950
- * with 512, 187 / 1428 / 8200 with 1024 (H200, 2026-11-24, bench_device). */
+ * with 512, 187 / 1428 / 8200 with 1024 (H200, 2026-11-24, bench_engine). */
 #define MIL_ATTENTION_MIN_SPLIT 512
 #define MIL_ATTENTION_HEADER_BYTES 256
 /* Where the running maximum starts: finite, so that maximum minus maximum is never NaN. */

@@ -238,6 +238,11 @@ int64_t mil_cublas_version(const struct mil_cublas *cublas)
     return (int64_t)cublas->lib.GetVersion();
 }
 
+const char *mil_cublas_path(const struct mil_cublas *cublas)
+{
+    return cublas->lib.path;
+}
+
 /* ---- the table ---- */
 
 int32_t mil_cublas_bucket(int32_t M)

@@ -26,6 +26,8 @@ void mil_cublas_free(struct mil_cublas *cublas);
 
 /* cublasLtGetVersion: 131000 is 13.10.0. */
 int64_t mil_cublas_version(const struct mil_cublas *cublas);
+/* The file it was loaded from. */
+const char *mil_cublas_path(const struct mil_cublas *cublas);
 
 typedef struct mil_cublas_product {
     void *y;           /* [M, ldy] of y_dtype */

@@ -241,7 +241,7 @@ def test_a_context_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:
 
 def test_kv_bytes_beyond_what_is_free_are_refused_with_figures() -> None:
     total = cuda_arrays.memory()[1]
-    with pytest.raises(OutOfMemoryError, match=r"of KV pages and .* of workspace, cuda has .* few"):
+    with pytest.raises(OutOfMemoryError, match=r"KV pages and .* of workspace, cuda:0 .* few"):
         LLM(demo.BASE, device="cuda", kv_cache_bytes=total, progress=False)
 
 
@@ -252,7 +252,7 @@ def test_on_a_full_gpu_an_adapter_is_refused_and_everybody_else_goes_on(tmp_path
              deterministic=True, progress=False) as llm:  # fmt: skip
         expected = answers(llm, voices)
         with cuda_arrays.ballast(LEFT):
-            with pytest.raises(OutOfMemoryError, match=r"adapter: needs .* MiB, cuda has .* few"):
+            with pytest.raises(OutOfMemoryError, match=r"adapter: needs .* MiB, cuda:0 .* few"):
                 llm.load_adapter("wide", tmp_path / "wide")
             assert llm.adapters == sorted(demo.ADAPTERS)
             assert answers(llm, voices) == expected

@@ -145,10 +145,9 @@ static mil_status refused_memory(const struct mil_cublas *cublas, const char *ca
     size_t is_free = 0, total = 0;
     (void)cudaMemGetInfo(&is_free, &total);
     (void)cudaGetLastError();
-    return mil_fail(MIL_ERR_MEMORY,
-                    "cuda:%d (%s): cublasLt%s was refused memory, %s of %s are free (%s)",
-                    cublas->queue->ordinal, cublas->queue->device_name, call,
-                    mil_memory_show(is_free).text, mil_memory_show(total).text, cublas->lib.path);
+    return mil_fail(MIL_ERR_MEMORY, "%s: cublasLt%s was refused memory, %s of %s are free (%s)",
+                    cublas->queue->label, call, mil_memory_show(is_free).text,
+                    mil_memory_show(total).text, cublas->lib.path);
 }
 
 static mil_status answer(const struct mil_cublas *cublas, cublasStatus_t found, const char *call)
@@ -158,9 +157,8 @@ static mil_status answer(const struct mil_cublas *cublas, cublasStatus_t found, 
     (void)cudaGetLastError();
     if (found == CUBLAS_STATUS_ALLOC_FAILED)
         return refused_memory(cublas, call);
-    return mil_fail(MIL_ERR_DEVICE, "cuda:%d (%s): cublasLt%s: %s (%s, version %lld)",
-                    cublas->queue->ordinal, cublas->queue->device_name, call,
-                    cublas->lib.GetStatusName(found), cublas->lib.path,
+    return mil_fail(MIL_ERR_DEVICE, "%s: cublasLt%s: %s (%s, version %lld)", cublas->queue->label,
+                    call, cublas->lib.GetStatusName(found), cublas->lib.path,
                     (long long)mil_cublas_version(cublas));
 }
 

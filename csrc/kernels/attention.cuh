@@ -119,7 +119,8 @@ static inline size_t mil_attention_partial_bytes(int32_t n_heads, int32_t head_d
     return (size_t)n_heads * (size_t)(head_dim + 2) * sizeof(float);
 }
 
-/* As many places as the workspace has room for: the plan leaves a row whole that finds none. */
+/* As many places as the workspace has room for: the plan refuses one with too few for its bucket.
+ */
 static inline mil_attention_partials mil_attention_partials_in(void *workspace, size_t n_bytes,
                                                                int32_t n_heads, int32_t head_dim)
 {

@@ -6,6 +6,7 @@
 #include "kernels/device.h"
 
 #include "kernels/cublas.h"
+#include "kernels/product.h"
 #include "kernels/tensor_map.h"
 #include "ops/chaos.h"
 
@@ -201,6 +202,7 @@ static mil_status fill_queue(mil_queue *queue)
 {
     MIL_TRY(read_device(queue));
     MIL_TRY(make_streams(queue));
+    MIL_TRY(mil_cuda_product_load());
     return mil_cublas_create(&queue->cublas, queue);
 }
 

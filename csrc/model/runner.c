@@ -435,6 +435,7 @@ static void choose_buckets(mil_runner *runner)
     header->bucket_segments = has_bucket && header->n_segments > 0
                                   ? runner->options.limits.max_adapter_slots
                                   : header->n_segments;
+    header->bucket_lora_rows = has_bucket ? size : header->n_lora_rows;
 }
 
 static mil_status submit(mil_runner *runner)

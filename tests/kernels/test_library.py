@@ -69,6 +69,19 @@ def test_a_file_that_does_not_load_is_told_with_the_reason(finder: Finder, tmp_p
     assert f"; {tmp_path}/wheel/{NEW}: " in finder.problem()
 
 
+def test_files_that_do_not_load_give_way_and_each_is_told(finder: Finder, tmp_path: Path) -> None:
+    """With a reason of its own for each, whatever folder and name."""
+    files = [tmp_path / "toolkit/lib64" / NEW, tmp_path / "wheel" / OLD]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("no library")
+    finder.add(tmp_path / "wheel")
+    problem = finder.problem()
+    assert all(f"; {file}: " in problem for file in files)
+    (tmp_path / "finder.so").rename(tmp_path / "toolkit/lib64" / OLD)
+    assert finder.problem() == ""
+
+
 def test_a_named_file_is_the_only_one_tried(
     finder: Finder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

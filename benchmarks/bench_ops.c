@@ -601,7 +601,7 @@ int main(int argc, char **argv)
     for (int i = 1; i < argc; i++)
         mil_backend_add_library_dir(argv[i]);
     open_machine(&all, &maxima);
-    printf("{\"device\": \"%s\", \"sms\": %d}\n", all.context.queue->device_name,
+    printf("{\"device\": \"%s\", \"sms\": %d}\n", all.context.queue->label,
            all.context.queue->n_sms);
     fflush(stdout);
     while (fgets(line, sizeof line, stdin) != NULL) {

@@ -79,7 +79,7 @@ static size_t step_bytes(const mil_maxima *maxima)
 #define ON_DEVICE(op)                                                                              \
     static mil_status op(mil_context *context, const mil_##op##_args *args)                        \
     {                                                                                              \
-        int32_t was;                                                                               \
+        void *was;                                                                                 \
         MIL_TRY(mil_cuda_enter(context->queue, &was));                                             \
         mil_status status = mil_chaos_delay(context->queue);                                       \
         if (status == MIL_OK)                                                                      \
@@ -101,7 +101,7 @@ ON_DEVICE(sample)
 static mil_status linear_lora(mil_context *context, const mil_linear_args *linear,
                               const mil_lora_args *lora)
 {
-    int32_t was;
+    void *was;
     MIL_TRY(mil_cuda_enter(context->queue, &was));
     mil_status status = mil_chaos_delay(context->queue);
     if (status == MIL_OK)

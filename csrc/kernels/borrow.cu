@@ -162,7 +162,7 @@ static void *swap_stream(struct mil_queue *queue, void *stream)
 /* The queue's device is current: the call must not wake another one. */
 static mil_status exchange(struct mil_queue *queue, enum cudaStreamCaptureMode *mode)
 {
-    int32_t was;
+    void *was;
     MIL_TRY(mil_cuda_enter(queue, &was));
     return mil_cuda_leave(
         queue, was,
@@ -192,7 +192,7 @@ template <typename Args>
 static mil_status launch(struct mil_queue *queue, const char *what, void (*kernel)(Args), int64_t n,
                          const Args *args)
 {
-    int32_t was;
+    void *was;
     if (n <= 0)
         return MIL_OK;
     MIL_TRY(mil_cuda_enter(queue, &was));
@@ -238,7 +238,7 @@ static mil_status split_samples(struct mil_queue *queue, const mil_borrow_sample
 
 static mil_status plan_attention(mil_context *context, const mil_begin_args *args)
 {
-    int32_t was;
+    void *was;
     MIL_TRY(mil_cuda_enter(context->queue, &was));
     return mil_cuda_leave(context->queue, was, mil_cuda_attention_plan(context, args));
 }

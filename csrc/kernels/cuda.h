@@ -33,6 +33,9 @@ typedef struct mil_queue {
     cudaEvent_t fork, join;
     cudaEvent_t fences[MIL_N_FENCES];
     struct mil_cublas *cublas;
+    void *context; /* the device's primary context; the driver's calls on it are device.h's */
+    void *get_context;
+    void *set_context;
     void *encode_tiled; /* tensor_map.h: the driver's, on the Hopper path */
     bool has_pdl;       /* programmatic dependent launch, MILPY_CUDA_PDL=0 turns it off */
     bool has_side;      /* work beside the stream, MILPY_CUDA_SIDE=0 turns it off */

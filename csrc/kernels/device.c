@@ -10,6 +10,7 @@
 #include "kernels/tensor_map.h"
 #include "ops/chaos.h"
 
+#include <cuda.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,30 +66,78 @@ mil_status mil_cuda_count(int32_t *n_devices)
 
 /* ---- on the right device ---- */
 
-mil_status mil_cuda_enter(const mil_queue *queue, int32_t *was)
+mil_status mil_cuda_driver_find(void **out, const char *name)
 {
-    int now;
-    MIL_CUDA_TRY(cudaGetDevice(&now));
-    *was = now;
-    return now == queue->ordinal ? MIL_OK
-                                 : mil_cuda_status(cudaSetDevice(queue->ordinal), "cudaSetDevice");
+    enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    *out = NULL;
+    /* As CUDA 12.0 had it, where the youngest of those we ask for was new. */
+#if CUDART_VERSION >= 12050
+    MIL_CUDA_TRY(cudaGetDriverEntryPointByVersion(name, out, 12000, cudaEnableDefault, &found));
+#else
+    MIL_CUDA_TRY(cudaGetDriverEntryPoint(name, out, cudaEnableDefault, &found));
+#endif
+    if (found == cudaDriverEntryPointSuccess && *out != NULL)
+        return MIL_OK;
+    return mil_fail(MIL_ERR_DEVICE,
+                    "cuda: the driver has no %s, expected that of CUDA 12.0 or newer", name);
 }
 
-mil_status mil_cuda_leave(const mil_queue *queue, int32_t was, mil_status status)
+static mil_status driver_status(CUresult result, const char *what)
 {
-    if (was == queue->ordinal)
+    return result == CUDA_SUCCESS
+               ? MIL_OK
+               : mil_fail(MIL_ERR_DEVICE, "cuda: %s: the driver answered %d", what, (int)result);
+}
+
+/* The primary context, which is cudart's and torch's too. It stays for the process: what cudart
+ * keeps of our kernels is bound to it. */
+static mil_status find_context(mil_queue *queue)
+{
+    void *retain;
+    CUcontext context;
+    MIL_TRY(mil_cuda_driver_find(&queue->get_context, "cuCtxGetCurrent"));
+    MIL_TRY(mil_cuda_driver_find(&queue->set_context, "cuCtxSetCurrent"));
+    MIL_TRY(mil_cuda_driver_find(&retain, "cuDevicePrimaryCtxRetain"));
+    /* A device's handle is its ordinal. */
+    MIL_TRY(driver_status(
+        ((__typeof__(&cuDevicePrimaryCtxRetain))retain)(&context, (CUdevice)queue->ordinal),
+        "cuDevicePrimaryCtxRetain"));
+    queue->context = context;
+    return MIL_OK;
+}
+
+static mil_status set_context(const mil_queue *queue, void *context)
+{
+    const __typeof__(&cuCtxSetCurrent) set = (__typeof__(&cuCtxSetCurrent))queue->set_context;
+    return driver_status(set((CUcontext)context), "cuCtxSetCurrent");
+}
+
+mil_status mil_cuda_enter(const mil_queue *queue, void **was)
+{
+    CUcontext now;
+    const __typeof__(&cuCtxGetCurrent) get = (__typeof__(&cuCtxGetCurrent))queue->get_context;
+    MIL_TRY(driver_status(get(&now), "cuCtxGetCurrent"));
+    *was = now;
+    return now == queue->context ? MIL_OK : set_context(queue, queue->context);
+}
+
+mil_status mil_cuda_leave(const mil_queue *queue, void *was, mil_status status)
+{
+    if (was == queue->context)
         return status;
     /* The first failure is the one to tell. */
-    if (status != MIL_OK) {
-        (void)cudaSetDevice(was);
-        return status;
-    }
-    return mil_cuda_status(cudaSetDevice(was), "cudaSetDevice");
+    if (status == MIL_OK)
+        return set_context(queue, was);
+    char first[512];
+    (void)snprintf(first, sizeof first, "%s", mil_status_message());
+    if (set_context(queue, was) != MIL_OK)
+        return mil_fail(status, "%s", first);
+    return status;
 }
 
 /* A call that is no op: what a capture forbids to other threads is allowed while it runs. */
 typedef struct call {
-    int32_t was;
+    void *was;
     enum cudaStreamCaptureMode mode;
 } call;
 
@@ -217,7 +266,9 @@ static mil_status queue_open(struct mil_queue **out, int32_t ordinal)
                         n_devices, n_devices == 1 ? "" : "s", n_devices - 1);
     MIL_TRY(mil_alloc_checked((void **)&queue, 1, sizeof *queue, "cuda queue"));
     queue->ordinal = ordinal;
-    mil_status status = begin_call(queue, &it);
+    mil_status status = find_context(queue);
+    if (status == MIL_OK)
+        status = begin_call(queue, &it);
     if (status == MIL_OK)
         status = end_call(queue, &it, fill_queue(queue));
     if (status != MIL_OK) {
@@ -233,13 +284,11 @@ static void queue_close(struct mil_queue *queue)
     call it;
     if (queue == NULL)
         return;
-    int32_t ordinal = queue->ordinal;
+    const mil_queue gone = {.context = queue->context, .set_context = queue->set_context};
     bool is_entered = begin_call(queue, &it) == MIL_OK;
     destroy(queue);
-    if (is_entered) {
-        const mil_queue gone = {.ordinal = ordinal};
+    if (is_entered)
         (void)end_call(&gone, &it, MIL_OK);
-    }
 }
 
 /* ---- memory ---- */
@@ -382,7 +431,7 @@ static mil_status copy_out(struct mil_queue *queue, void *host, const void *devi
 
 static mil_status send_out(struct mil_queue *queue, void *host, const void *device, size_t n_bytes)
 {
-    int32_t was;
+    void *was;
     MIL_TRY(mil_cuda_enter(queue, &was));
     mil_status status = mil_chaos_delay(queue);
     if (status == MIL_OK)
@@ -392,7 +441,7 @@ static mil_status send_out(struct mil_queue *queue, void *host, const void *devi
 
 static mil_status fill_16(struct mil_queue *queue, void *device, uint16_t word, size_t n)
 {
-    int32_t was;
+    void *was;
     MIL_TRY(mil_cuda_enter(queue, &was));
     return mil_cuda_leave(queue, was, mil_cuda_fill_16(queue, device, word, n));
 }
@@ -485,7 +534,7 @@ static mil_status capture_end(struct mil_queue *queue, struct mil_graph **out)
 
 static mil_status graph_launch(struct mil_queue *queue, struct mil_graph *graph)
 {
-    int32_t was;
+    void *was;
     MIL_TRY(mil_cuda_enter(queue, &was));
     mil_status status = mil_chaos_delay(queue);
     if (status == MIL_OK)

@@ -10,11 +10,14 @@ extern "C" {
 
 extern const mil_device mil_cuda_device;
 
+/* A function of the driver's, which is never linked. */
+mil_status mil_cuda_driver_find(void **out, const char *name) MIL_WARN_UNUSED;
+
 /* A thread's current device is its own affair: queue's is made current, and what was is put back.
- */
-mil_status mil_cuda_enter(const mil_queue *queue, int32_t *was) MIL_WARN_UNUSED;
+ * By contexts, since cudaSetDevice would make one on a device that the thread has never used. */
+mil_status mil_cuda_enter(const mil_queue *queue, void **was) MIL_WARN_UNUSED;
 /* Put `was` back; returns status. */
-mil_status mil_cuda_leave(const mil_queue *queue, int32_t was, mil_status status) MIL_WARN_UNUSED;
+mil_status mil_cuda_leave(const mil_queue *queue, void *was, mil_status status) MIL_WARN_UNUSED;
 
 /* mil_backend's pack and pack_dummy. */
 mil_status mil_cuda_pack(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,

@@ -46,7 +46,7 @@ extern "C" mil_status mil_cuda_pack_dummy(struct mil_queue *queue, mil_weight *w
                                           int32_t row, int32_t n_rows, uint64_t stream,
                                           uint64_t begin, int64_t stride)
 {
-    int32_t was;
+    void *was;
     dummy_params p = {};
     if (n_rows == 0)
         return MIL_OK;

@@ -57,7 +57,7 @@ static mil_status send(const mil_weight *weight, int32_t part, int32_t row, int3
 mil_status mil_cuda_pack(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,
                          int32_t n_rows, void *src, mil_dtype dtype, int64_t src_stride)
 {
-    int32_t was;
+    void *was;
     if (dtype != MIL_DTYPE_BF16 || src_stride != weight->K)
         narrow(src, dtype, src_stride, n_rows, weight->K);
     MIL_TRY(mil_cuda_enter(queue, &was));

@@ -1,24 +1,12 @@
 #include "kernels/tensor_map.h"
 
+#include "kernels/device.h"
+
 #define BOX_COLUMNS 64 /* bf16 of one swizzled row of 128 bytes */
 
 mil_status mil_cuda_tensor_map_find(mil_queue *queue)
 {
-    const char *name = "cuTensorMapEncodeTiled";
-    enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    void *entry = NULL;
-    /* 12.0 is where the function first was. */
-#if CUDART_VERSION >= 12050
-    MIL_CUDA_TRY(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found));
-#else
-    MIL_CUDA_TRY(cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &found));
-#endif
-    if (found != cudaDriverEntryPointSuccess || entry == NULL)
-        return mil_fail(MIL_ERR_DEVICE,
-                        "%s: the driver has no %s, expected that of CUDA 12.0 or newer",
-                        queue->label, name);
-    queue->encode_tiled = entry;
-    return MIL_OK;
+    return mil_cuda_driver_find(&queue->encode_tiled, "cuTensorMapEncodeTiled");
 }
 
 mil_status mil_cuda_tensor_map(CUtensorMap *out, const mil_queue *queue, const void *base,

@@ -3,6 +3,8 @@ thread that calls stays what it was."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -69,6 +71,27 @@ def test_the_second_gpu_gives_the_firsts_bits() -> None:
         assert answers(second) == expected
         # It takes nothing of the first.
         assert free - cuda_arrays.memory()[0] < KV_BYTES // 2
+
+
+ON_THE_SECOND_ALONE = """
+import ctypes
+from milpy import LLM, SamplingParams, demo
+with LLM(demo.BASE, device="cuda:1", kv_cache_bytes=8 << 20, progress=False) as llm:
+    llm.generate(["x"], SamplingParams(max_tokens=4), use_tqdm=False)
+driver = ctypes.CDLL("libcuda.so.1")
+for ordinal in (0, 1):
+    flags, is_active = ctypes.c_uint(), ctypes.c_int()
+    state = ctypes.byref(flags), ctypes.byref(is_active)
+    assert driver.cuDevicePrimaryCtxGetState(ordinal, *state) == 0
+    print(is_active.value)
+"""
+
+
+def test_an_engine_on_the_second_gpu_makes_no_context_on_the_first() -> None:
+    """Some hundred MiB, and a failure where that GPU is another's alone."""
+    command = [sys.executable, "-c", ON_THE_SECOND_ALONE]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["0", "1"]
 
 
 def test_two_gpus_serve_at_once() -> None:

@@ -31,7 +31,8 @@ struct shrink_params {
     int32_t n_tokens;
 };
 
-/* 8 elements of a row at k, zeros where they are past the end. in % 8 == 0 keeps loads aligned. */
+/* 8 elements of a row at k, zeros where they are past the end. in % 8 == 0 keeps loads aligned. Not
+ * by __ldg: x is written by the kernel before, and this one may have started by then. */
 static __device__ __forceinline__ uint4 load8(const uint16_t *row, int32_t k, int32_t end,
                                               bool is_aligned)
 {
@@ -39,7 +40,7 @@ static __device__ __forceinline__ uint4 load8(const uint16_t *row, int32_t k, in
     if (row == nullptr || k >= end)
         return v;
     if (is_aligned)
-        return __ldg((const uint4 *)(row + k));
+        return __ldcg((const uint4 *)(row + k));
     uint16_t item[8];
 #pragma unroll
     for (int i = 0; i < 8; i++)

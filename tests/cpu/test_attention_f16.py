@@ -3,11 +3,17 @@ where it must be, values that bfloat16 would lose, and bits that depend on the r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from cpu.test_attention import Sequence, paged
 from cpu.test_rope import case, read_back, rotated, tables
-from helpers.cpu_shim import Array, Kv, Shim, bf16, from_bf16, isas
+from helpers.cpu_shim import Array, Kv, Shim, bf16, from_bf16, int32, isas
+
+from milpy import ops
+from milpy.errors import RequestError
 
 EPS_F16 = 2.0**-11  # half a unit in the last place, 11 bits of significand
 
@@ -32,10 +38,10 @@ def sequence(length: int, N: int, K: int, D: int, seed: int = 0) -> Sequence:
 def formula(part: Part, window: int = 0, softcap: float = 0.0) -> tuple[Array, Array]:
     """([n, N, D] of the part's queries in float64, the same with p rounded to float16)."""
     seq, first, end = part
-    q, k, v = from_f16(seq.q[first:end]), from_f16(seq.k[:end]), from_f16(seq.v[:end])
-    group = q.shape[1] // k.shape[1]
-    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
-    scores = np.einsum("qnd,knd->nqk", q, k) * q.shape[2] ** -0.5
+    q, k, v = (from_f16(x).transpose(1, 0, 2) for x in (seq.q[first:end], seq.k[:end], seq.v[:end]))
+    group = len(q) // len(k)
+    k, v = np.repeat(k, group, 0), np.repeat(v, group, 0)
+    scores = q @ k.transpose(0, 2, 1) * q.shape[2] ** -0.5
     if softcap:
         scores = softcap * np.tanh(scores / softcap)
     own, key = np.arange(first, end)[:, None], np.arange(end)
@@ -43,8 +49,8 @@ def formula(part: Part, window: int = 0, softcap: float = 0.0) -> tuple[Array, A
     scores = np.where(seen, scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     exact, plain = (
-        np.einsum("nqk,knd->qnd", x / x.sum(-1, keepdims=True), v)
-        for x in (p, from_f16(f16(p)).reshape(p.shape))
+        (x / x.sum(-1, keepdims=True) @ v).transpose(1, 0, 2)
+        for x in (p, p.astype(np.float16).astype(np.float64))
     )
     return exact, plain
 
@@ -111,19 +117,21 @@ def test_window_and_softcap(isa: str, options: dict[str, float]) -> None:
     assert_no_worse(run(isa, parts, **options), parts, True, **options)
 
 
-def one_key(values: Array) -> Part:
-    """One query of one head that sees one key: the answer is that key's value."""
-    seq = sequence(1, 1, 1, len(values))
-    seq.v[0, 0] = f16(values)
-    return seq, 0, 1
+def any_values(length: int, N: int, K: int, D: int) -> Sequence:
+    """V of any finite bits of float16: subnormals, zeros of both signs, the largest."""
+    seq = sequence(length, N, K, D)
+    seq.v[:] = np.random.default_rng(length).integers(0, 2**16, seq.v.shape)
+    seq.v[seq.v & 0x7C00 == 0x7C00] ^= 0x4000
+    return seq
 
 
-def test_every_kind_of_value_comes_through(isa: str) -> None:
-    """The smallest subnormal, the border to normal numbers, the largest, -0 (which becomes +0)."""
-    tiny, small, large = 2.0**-24, 2.0**-14, 65504.0
-    values = np.array([tiny, -tiny, 3 * tiny, small - tiny, small, -large, large, -0.0] * 4)
-    (got,) = run(isa, [one_key(values)])
-    assert got.ravel().tolist() == f16(np.where(values == 0, 0.0, values)).tolist()
+@pytest.mark.parametrize(("N", "K", "D"), [(4, 2, 64), (2, 1, 72), (8, 1, 128)])
+def test_a_row_that_sees_one_key_answers_with_its_value(isa: str, N: int, K: int, D: int) -> None:
+    seq = any_values(200, N, K, D)
+    want = np.repeat(from_f16(seq.v), N // K, 1)
+    prompt, row = run(isa, [(seq, 0, 200), (seq, 199, 200)], window=1)
+    assert np.array_equal(from_f16(prompt), want)
+    assert np.array_equal(from_f16(row), want[199:])
 
 
 def test_a_nan_of_ones_own_is_not_hidden(isa: str) -> None:
@@ -208,3 +216,96 @@ def test_what_float16_cannot_hold_is_rounded_as_ieee_says(isa: str) -> None:
         shim.rope_write(qkv, *tables(32), batch, kv, 1, 32, 1)
     with np.errstate(over="ignore"):
         assert np.array_equal(read_back(kv.v, batch)[:, 0], f16(qkv[:, 64:]))
+
+
+# ---- milpy.ops ----
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+def write_and_attend(
+    put: Callable[[Array], Any] = same, get: Callable[[Any], Array] = same, **options: Any
+) -> None:
+    """Three whole sequences, of one token, of more than a page and of less: what rope_and_cache
+    leaves in float16 is judged, and attention over just that."""
+    N, K, D, P = 4, 2, 64, 64
+    lengths = [1, 70, 33]
+    rng = np.random.default_rng(3)
+    positions = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
+    qkv = ops.bfloat16(rng.uniform(-4, 4, (len(positions), (N + 2 * K) * D)))
+    pages = int32([[3, 0], [5, 1], [2, 4]])
+    k_cache, v_cache = (put(np.full((6, K, P, D), np.nan, np.float16)) for _ in range(2))
+    batch = [put(x) for x in (pages, int32([0, 1, 71, 104]), int32(lengths))]
+    outs = [None, None] if put is same else [put(np.zeros((104, N, D), np.float16)) for _ in "qo"]
+    angles = [put(x) for x in (positions, *ops.rope_tables(400, D))]
+    q = ops.rope_and_cache(put(qkv), *angles, k_cache, v_cache, *batch, out=outs[0], **options)
+    out = ops.attention(q, k_cache, v_cache, *batch, out=outs[1], **options)
+
+    q, out, k, v = (get(x) for x in (q, out, k_cache, v_cache))
+    assert q.dtype == out.dtype == np.float16
+    k, v = (
+        np.concatenate(
+            [x[page].transpose(0, 2, 1, 3).reshape(-1, K, D)[:n]
+             for page, n in zip(pages, lengths, strict=True)]
+        )
+        for x in (k, v)
+    )  # fmt: skip
+    given = from_bf16(qkv).reshape(-1, N + 2 * K, D)
+    want = rotated(given[:, : N + K], positions, D, False)
+    bound = 1.02 * EPS_F16 * np.abs(want) + 8 * 4 * 2.0**-24
+    assert (np.abs(np.concatenate([q, k], 1) - want) <= bound).all()
+    assert np.array_equal(v, given[:, N + K :].astype(np.float16))
+    cuts = np.cumsum(lengths)[:-1]
+    q, k, v, out = (np.split(x.view(np.uint16), cuts) for x in (q, k, v, out))
+    parts = [(Sequence(*x), 0, n) for *x, n in zip(q, k, v, lengths, strict=True)]
+    assert_no_worse(out, parts, True)
+
+
+def test_rope_and_cache_then_attention() -> None:
+    write_and_attend()
+
+
+def test_host_tensors_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+
+    def put(x: Array) -> Any:
+        is_bf16 = x.dtype == np.uint16
+        return (
+            torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if is_bf16 else torch.tensor(x)
+        )
+
+    write_and_attend(put, lambda x: np.asarray(x.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"q": np.uint16}, r"q is bfloat16 \[1, 2, 32\], expected float16 \[\?, \?, 32\]"),
+        ({"v_cache": np.uint16}, r"v_cache is bfloat16 .*, expected float16 \[2, 1, 16, 32\]"),
+        ({"out": np.uint16}, r"out is bfloat16 .*, expected float16 \[1, 2, 32\]"),
+        ({"k_cache": np.uint16}, "v_cache is float16 .*, expected bfloat16"),
+        ({"k_cache": np.uint16, "v_cache": np.uint16}, "q is float16 .*, expected bfloat16"),
+    ],
+)
+def test_dtypes_that_differ_are_refused(changed: dict[str, Any], message: str) -> None:
+    shapes = {
+        "q": (1, 2, 32),
+        "k_cache": (2, 1, 16, 32),
+        "v_cache": (2, 1, 16, 32),
+        "out": (1, 2, 32),
+    }
+    arrays = {name: np.zeros(n, changed.get(name, np.float16)) for name, n in shapes.items()}
+    batch = {"page_table": int32([[0]]), "query_indptr": int32([0, 1]), "kv_lengths": int32([1])}
+    with pytest.raises(RequestError, match="attention: " + message):
+        ops.attention(**arrays, **batch)
+
+
+def test_rope_and_cache_writes_q_as_the_caches_are() -> None:
+    cos, sin = ops.rope_tables(4, 32)
+    caches = [np.zeros((2, 1, 16, 32), np.float16) for _ in "kv"]
+    batch = [int32([[0]]), int32([0, 1]), int32([1])]
+    qkv, out = np.zeros((1, 4 * 32), np.uint16), np.zeros((1, 2, 32), np.uint16)
+    with pytest.raises(RequestError, match=r"out is bfloat16 \[1, 2, 32\], expected float16"):
+        ops.rope_and_cache(qkv, int32([0]), cos, sin, *caches, *batch, out=out)

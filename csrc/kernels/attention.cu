@@ -17,7 +17,7 @@
 
 #include "kernels/attention_stream.cuh"
 
-/* Two of them. */
+/* Two ones of the pages' dtype. */
 template <class Shape>
 static __device__ __forceinline__ uint32_t ones()
 {

@@ -1,8 +1,8 @@
 /* rope_write: split qkv into heads, rotate q and k by position, round to the pages' dtype, write q
- * in place of its token and k, v into the row of the page that the sequence's table names. a' =
- * round(fma(a, cos, -(b sin)))    b' = round(fma(b, cos, a sin)) Pairs (a, b) are (d, d +
- * rotary_dim / 2), or (2 i, 2 i + 1) where interleaved; columns from rotary_dim on and v are
- * rounded only. RoPE: Su et al. 2021, halves as Hugging Face lays them out.
+ * in place of its token and k, v into the row of the page that the sequence's table names.
+ *   a' = round(fma(a, cos, -(b sin)))    b' = round(fma(b, cos, a sin))
+ * Pairs (a, b) are (d, d + rotary_dim / 2), or (2 i, 2 i + 1) where interleaved; columns from
+ * rotary_dim on and v are rounded only. RoPE: Su et al. 2021, halves as Hugging Face lays them out.
  *
  * qkv [T, (N + 2 K) D] bf16; tables [max_position, rotary_dim / 2] fp32; q [T, N D] and pages
  * [page][K][P][D] both bf16 or both f16. Bound by bytes: each value read once and written once.

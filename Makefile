@@ -1,8 +1,10 @@
 # milpy's build, described once: setup.py calls `make ext`, CI and people call the rest.
 # Sources are found by room; headers sit beside them and are included from csrc/ down.
 
-# Objects, libmilpy.a and test programs; another BUILD keeps two trees apart.
+# Objects, libmilpy.a and test programs; another BUILD keeps two trees apart. TREE holds what is linked
+# with CUDA or without: another TREE keeps those two apart.
 BUILD  ?= build/cpu
+TREE   := $(if $(filter build/cpu,$(BUILD)),build,$(BUILD))
 CC     ?= cc
 AR     ?= ar
 WERROR ?= 0
@@ -13,7 +15,7 @@ ROOMS  := base ops cpu loader comm layers model scheduler engine
 
 # auto: where this machine has a CUDA device or driver, and nvcc. 0: never. 1: or fail.
 MILPY_CUDA ?= auto
-CUDA_BUILD ?= $(if $(filter build/cpu,$(BUILD)),build/cuda,$(BUILD)/cuda)
+CUDA_BUILD ?= $(if $(filter build/cpu,$(BUILD)),build,$(BUILD))/cuda
 
 # The Python that `make ext` builds for: the active environment, else ours, else the system's.
 # `make demo`, `make test` and `make install` always use ours.
@@ -72,20 +74,23 @@ endif
 
 # The CUDA backend: NVCC, the toolkit's headers and cudart, or nothing. See tools/find_cuda.sh.
 ifneq ($(MILPY_CUDA),0)
-CUDA := $(shell sh tools/find_cuda.sh $(MILPY_CUDA))
+CUDA := $(shell sh tools/find_cuda.sh $(MILPY_CUDA) $(PYTHON))
 ifeq ($(CUDA),error)
 $(error MILPY_CUDA=$(MILPY_CUDA): CUDA cannot be built here, see above)
 endif
 endif
 NVCC      := $(word 1,$(CUDA))
 CUDA_LINK := $(if $(CUDA),-L$(word 3,$(CUDA)) -lcudart_static -ldl -lrt)
+# The compilers' own folder is not named: it would come before the C++ library's.
+CUDA_INCLUDE := $(filter-out /usr/include,$(wildcard $(word 2,$(CUDA)) $(word 2,$(CUDA))/cccl))
+CUDA_INCLUDE := $(addprefix -isystem ,$(CUDA_INCLUDE))
 # x.cu runs anywhere: code for sm_80 and sm_90, and PTX for what comes later. x_sm90.cu holds what only
 # Hopper has.
 GENCODE      ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 \
 	-gencode=arch=compute_80,code=compute_80
 GENCODE_SM90 ?= -gencode=arch=compute_90a,code=sm_90a
 # Host code without exceptions or guards, so that nothing of libstdc++ is linked.
-NVCCFLAGS := -std=c++17 -O3 -lineinfo -Icsrc -Xptxas=--warn-on-spills \
+NVCCFLAGS := -std=c++17 -O3 -lineinfo -Icsrc $(CUDA_INCLUDE) -Xptxas=--warn-on-spills \
 	-Xcompiler=-fPIC,-pthread,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra
 ifeq ($(WERROR),1)
 NVCCFLAGS += --Werror=all-warnings
@@ -104,7 +109,7 @@ LIB      := $(BUILD)/libmilpy.a
 SRC_CUDA := $(wildcard csrc/kernels/*.cu csrc/kernels/*.c) csrc/ops/find.c
 OBJ_CUDA := $(if $(CUDA),$(patsubst %,$(CUDA_BUILD)/%.o,$(SRC_CUDA)))
 # Changes with what is linked, so that MILPY_CUDA=0 after 1 links again.
-LINKED   := $(BUILD)/linked
+LINKED   := $(TREE)/linked
 
 PY_INFO    := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config_var('EXT_SUFFIX'), \
 	s.get_path('include'))" 2>/dev/null)
@@ -118,11 +123,11 @@ SRC_EXT  := $(wildcard csrc/python/*.c)
 OBJ_EXT  := $(patsubst %.c,$(BUILD)/py$(EXT_SUFFIX)/%.o,$(SRC_EXT))
 
 TESTS    := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c))
-# What pytest reaches the backend's ops through, by ctypes. One path whatever BUILD is.
-SHIM     := build/tests/libshim.so
+# What pytest reaches the backend's ops through, by ctypes.
+SHIM     := $(TREE)/tests/libshim.so
 # The extension with late hosts and devices (csrc/ops/chaos.h), and with one of two faults. What asks
 # for chaos is compiled again and stands before the objects and the library that it replaces.
-CHAOS     := build/chaos
+CHAOS     := $(TREE)/chaos
 SRC_CHAOS := $(shell grep -l 'include "ops/chaos.h"' csrc/*/*.c)
 SRC_CHAOS := $(if $(CUDA),$(SRC_CHAOS),$(filter-out csrc/kernels/%,$(SRC_CHAOS))) \
 	tests/chaos/chaos.c tests/chaos/late_cpu.c $(if $(CUDA),tests/chaos/delay.cu)
@@ -133,7 +138,7 @@ FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib ext chaos cuda cuda-objects codebase install-server install demo test test-c test-ref \
+.PHONY: all lib ext chaos cuda cuda-all codebase install-server install demo test test-c test-ref \
 	test-gpu test-gpu-here asan tsan fuzz format lint tidy check bench clean help prerequisites FORCE
 
 all: ext           ## the extension, in place (the same as ext)
@@ -146,10 +151,11 @@ chaos: $(CHAOS_EXT)                ## the extension of the order tests: late at 
 
 codebase: lib $(OBJ_CUDA)          ## C core and kernels
 
-cuda:              ## compile every CUDA source; needs nvcc, no GPU and no cuBLAS
-	@$(MAKE) cuda-objects MILPY_CUDA=1
+# Beside the build that milpy/ holds: what is linked is in a tree of its own.
+cuda: $(VENV)/.stamp-build        ## compile every CUDA source and link all of it; needs nvcc, no GPU and no cuBLAS
+	@$(MAKE) cuda-all MILPY_CUDA=1 TREE=build/with-cuda EXT_DIR=build/with-cuda/milpy PYTHON=$(VPY)
 
-cuda-objects: $(OBJ_CUDA)
+cuda-all: ext chaos $(SHIM) $(TREE)/bench/bench_ops
 
 $(LIB): $(OBJ) $(OBJ_SIMD)
 	@rm -f $@
@@ -161,9 +167,9 @@ $(LIB): $(OBJ) $(OBJ_SIMD)
 $(EXT): $(OBJ_EXT) $(OBJ_CUDA) $(LIB) $(LINKED)
 	@mkdir -p $(@D)
 	@echo "  link $@"
-	$(Q)$(CC) -shared -o $(BUILD)/_C.so $(OBJ_EXT) $(OBJ_CUDA) $(LIB) $(LINK) $(CUDA_LINK) \
+	$(Q)$(CC) -shared -o $(TREE)/_C.so $(OBJ_EXT) $(OBJ_CUDA) $(LIB) $(LINK) $(CUDA_LINK) \
 		-Wl,--exclude-libs,ALL -lm
-	@mv -f $(BUILD)/_C.so $@
+	@mv -f $(TREE)/_C.so $@
 
 $(foreach room,loader scheduler engine,$(eval $(BUILD)/csrc/$(room)/%.o: ROOM_FLAGS := -Wconversion))
 
@@ -173,7 +179,7 @@ $(OBJ): $(BUILD)/%.o: %.c Makefile
 	$(Q)$(CC) $(COMMON) $(OPT) $(ROOM_FLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
 
 CHAOS_CC = $(CC) $(COMMON) $(OPT) $(CFLAGS) -DMIL_CHAOS=1 -Itests/chaos -MMD -MP -MF $(@:.o=.d) \
-	$(if $(CUDA),-isystem $(word 2,$(CUDA)))
+	$(CUDA_INCLUDE)
 
 $(CHAOS)/%.c.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -225,7 +231,7 @@ $(LINKED): FORCE
 $(filter %.c.o,$(OBJ_CUDA)): $(CUDA_BUILD)/%.o: % Makefile
 	@mkdir -p $(@D)
 	@echo "  cc   $@"
-	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -DMIL_WITH_CUDA=1 -isystem $(word 2,$(CUDA)) -MMD -MP \
+	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -DMIL_WITH_CUDA=1 $(CUDA_INCLUDE) -MMD -MP \
 		-MF $(@:.o=.d) -c $< -o $@
 
 $(filter %.cu.o,$(OBJ_CUDA)): $(CUDA_BUILD)/%.o: % Makefile
@@ -311,15 +317,15 @@ test-ref: $(VENV)/.stamp-ref  ## compare with transformers and peft, live
 	@$(MAKE) ext PYTHON=$(VPY)
 	$(NO_GPU) MILPY_TEST_REF=1 $(VPY) -m pytest -m ref $(PYTEST_ARGS)
 
-# pytest's 5 says that it ran no test: that is what skips and deselects amount to, and no failure.
-GPU_TESTS := -m pytest -rs -m "gpu or multigpu" $(PYTEST_ARGS)
-test-gpu: $(VENV)/.stamp-test ## the tests that need a GPU; each skips with its reason where there is none
-	@$(MAKE) ext chaos $(SHIM) PYTHON=$(VPY) MILPY_CUDA=$(if $(wildcard /dev/nvidia[0-9]*),1,0)
-	$(VPY) $(GPU_TESTS) || [ $$? -eq 5 ]
+# Without a GPU all of it skips, and torch need not come for that.
+HAS_GPU := $(wildcard /dev/nvidia[0-9]*)
+test-gpu: $(VENV)/.stamp-$(if $(HAS_GPU),gpu,test) ## set up, then all that needs a GPU; skips with the reason where there is none
+	@$(MAKE) ext chaos $(SHIM) PYTHON=$(VPY) MILPY_CUDA=$(if $(HAS_GPU),1,0)
+	$(VPY) tools/test_gpu.py $(PYTEST_ARGS)
 
 test-gpu-here:                ## the same with PYTHON as it is: no .venv, no pip, no network
 	@$(MAKE) ext chaos $(SHIM) MILPY_CUDA=1
-	$(PYTHON) $(GPU_TESTS) || [ $$? -eq 5 ]
+	$(PYTHON) tools/test_gpu.py $(PYTEST_ARGS)
 
 asan:                         ## core and C tests again, under ASan and UBSan
 	@$(MAKE) test-c BUILD=build/asan SAN=address,undefined
@@ -364,12 +370,12 @@ check:                        ## what a change must pass: lint, test, asan, with
 	@$(MAKE) asan WERROR=1
 
 # The ops' driver in C, linked with the CUDA objects: bench_ops.py asks for it with MILPY_CUDA=1.
-BENCH_OPS := build/bench/bench_ops
+BENCH_OPS := $(TREE)/bench/bench_ops
 $(BENCH_OPS): benchmarks/bench_ops.c $(BENCH_OPS)-read.o $(OBJ_CUDA) $(LIB) $(LINKED) \
 		$(wildcard benchmarks/*.h csrc/ops/*.h csrc/kernels/*.h) Makefile
 	@mkdir -p $(@D)
 	@echo "  cc   $@"
-	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -isystem $(word 2,$(CUDA)) $(filter %.c,$^) -o $@ \
+	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) $(CUDA_INCLUDE) $(filter %.c,$^) -o $@ \
 		$(BENCH_OPS)-read.o $(OBJ_CUDA) $(LIB) $(LINK) $(CUDA_LINK) -lm
 
 $(BENCH_OPS)-read.o: benchmarks/read_roof.cu benchmarks/read_roof.h Makefile

@@ -6,10 +6,12 @@
  *   embed T | norm T | act T
  *   rope SEQS QUERY KEYS                     QUERY tokens of each sequence, KEYS of it with them
  *   attention SEQS QUERY KEYS HEAD-DIM
+ *   begin SEQS QUERY KEYS                    a step's start: its plan, and attention's
  *   product N K M IS-F32 IS-DETERMINISTIC
  *   shrink ROWS ADAPTERS LINEAR              rank 16; 0 qkv, 1 o, 2 gate_up, 3 down
  *   expand ROWS ADAPTERS LINEAR
- *   sample ROWS KIND                         0 greedy, 1 top-p 0.9, 2 top-k 50, 3 top-p 0.9, T 0.25
+ *   joined ROWS ADAPTERS LINEAR              the product, shrink beside it, expand
+ *   sample ROWS KIND N-LOGPROBS              0 greedy, 1 top-p 0.9, 2 top-k 50, 3 top-p 0.9, T 0.25
  *
  * The answer: us of one call, the median of the replays, by driver_cuda.h's method. */
 #include "driver_cuda.h"
@@ -107,15 +109,20 @@ static void make_step(machine *all, step *s, int32_t n_seqs, int32_t query, int3
     s->tokens = take_zeroed(all, MAX_TOKENS * sizeof(int32_t));
 }
 
+static mil_begin_args begin_args(machine *all, step *s)
+{
+    return (mil_begin_args){.plan = all->plan.data,
+                            .batch = &s->batch,
+                            .slots = &s->slots,
+                            .lora = &s->lora,
+                            .kv = &s->kv,
+                            .tokens = s->tokens,
+                            .n_heads = N_HEADS};
+}
+
 static void begin_step(machine *all, step *s)
 {
-    mil_begin_args args = {.plan = all->plan.data,
-                           .batch = &s->batch,
-                           .slots = &s->slots,
-                           .lora = &s->lora,
-                           .kv = &s->kv,
-                           .tokens = s->tokens,
-                           .n_heads = N_HEADS};
+    mil_begin_args args = begin_args(all, s);
     require(all->context.backend->begin(&all->context, &args) == MIL_OK, "begin");
     require(all->device->synchronize(all->context.queue) == MIL_OK, "begin");
 }
@@ -265,6 +272,20 @@ static timing row_attention(machine *all, const int32_t *n)
     return measure(all, call_attention, &args, s.n_layers);
 }
 
+static mil_status call_begin(machine *all, void *args, int32_t set)
+{
+    (void)set;
+    return all->context.backend->begin(&all->context, args);
+}
+
+static timing row_begin(machine *all, const int32_t *n)
+{
+    step s;
+    make_step(all, &s, n[0], n[1], n[2], 128);
+    mil_begin_args args = begin_args(all, &s);
+    return measure(all, call_begin, &args, 1);
+}
+
 typedef struct product_job {
     mil_linear_args args;
     mil_weight weight;
@@ -314,20 +335,22 @@ static const linear linears[] = {
     {1, {HIDDEN}, FFN, 0, MIL_PROJECTION_DOWN},
 };
 
+typedef enum lora_op { SHRINK, EXPAND, JOINED } lora_op;
+
 /* Adapters' modules one behind the other in the pool, slots within layers: A's where op reads A,
- * B's where it reads B, so that those bytes are in rotation from layer to layer. Returns the
- * layers. */
+ * B's where it reads B, so that those bytes are in rotation from layer to layer, with beside_bytes
+ * that a layer reads besides. Returns the layers; *n_bytes is what they take of the pool. */
 static int32_t make_adapters(machine *all, mil_lora_table *table, const linear *l,
-                             int32_t n_adapters, bool is_a)
+                             int32_t n_adapters, lora_op op, size_t beside_bytes, size_t *n_bytes)
 {
     const mil_backend *backend = all->context.backend;
-    size_t bytes[MIL_MAX_PARTS], total = 0, at = 0;
+    size_t a_bytes = op != EXPAND ? backend->lora_a_bytes(RANK, l->K) : 0;
+    size_t b_bytes[MIL_MAX_PARTS], total = 0, at = 0;
     for (int32_t p = 0; p < l->n_parts; p++) {
-        bytes[p] =
-            is_a ? backend->lora_a_bytes(RANK, l->K) : backend->lora_b_bytes(l->rows[p], RANK);
-        total += bytes[p];
+        b_bytes[p] = op != SHRINK ? backend->lora_b_bytes(l->rows[p], RANK) : 0;
+        total += a_bytes + b_bytes[p];
     }
-    int32_t n_layers = sets_of(total * (size_t)n_adapters);
+    int32_t n_layers = sets_of(total * (size_t)n_adapters + beside_bytes);
     size_t n_modules = (size_t)N_ADAPTER_SLOTS * (size_t)n_layers * MIL_N_PROJECTIONS;
     mil_lora_module *modules = calloc(n_modules, sizeof *modules);
     require(modules != NULL, "memory");
@@ -342,12 +365,13 @@ static int32_t make_adapters(machine *all, mil_lora_table *table, const linear *
                                                                .out = l->rows[p],
                                                                .scale = 1.0f,
                                                                .a = all->pool + at,
-                                                               .b = all->pool + at};
-                at += bytes[p];
+                                                               .b = all->pool + at + a_bytes};
+                at += a_bytes + b_bytes[p];
             }
         }
     }
     require(at <= POOL_BYTES, "adapters larger than the pool");
+    *n_bytes = at;
     table->modules = take_copy(all, modules, n_modules * sizeof *modules);
     free(modules);
     return n_layers;
@@ -365,6 +389,22 @@ static mil_status call_expand(machine *all, void *args, int32_t set)
     return all->context.backend->lora_expand(&all->context, args);
 }
 
+typedef struct joined_job {
+    mil_linear_args linear;
+    mil_lora_args lora;
+    mil_weight weight;
+    char *first; /* layer 0's weight, the others behind it */
+    size_t n_bytes;
+} joined_job;
+
+static mil_status call_joined(machine *all, void *args, int32_t set)
+{
+    joined_job *job = args;
+    job->weight.data = job->first + (size_t)set * job->n_bytes;
+    job->lora.layer = set;
+    return all->context.backend->linear_lora(&all->context, &job->linear, &job->lora);
+}
+
 /* Row i has adapter i % n_adapters, as rows of a batch come. */
 static void fill_segments(const mil_batch *host, int32_t n_rows, int32_t n_adapters)
 {
@@ -380,7 +420,7 @@ static void fill_segments(const mil_batch *host, int32_t n_rows, int32_t n_adapt
     host->header->n_segments = host->header->bucket_segments = n_adapters;
 }
 
-static timing row_lora(machine *all, const int32_t *n, bool is_shrink)
+static timing row_lora(machine *all, const int32_t *n, lora_op op)
 {
     const int32_t n_rows = n[0], n_adapters = n[1];
     require(n[2] >= 0 && n[2] < 4 && n_adapters <= N_ADAPTER_SLOTS, "sizes");
@@ -389,44 +429,64 @@ static timing row_lora(machine *all, const int32_t *n, bool is_shrink)
     step s;
     make_step(all, &s, n_rows, 1, 1, 128);
     fill_segments(&s.host, n_rows, n_adapters);
-    int32_t n_layers = make_adapters(all, &s.lora, l, n_adapters, is_shrink);
-    begin_step(all, &s);
     mil_weight weight = {.format = MIL_WEIGHT_BF16_ROWS,
                          .K = l->K,
                          .n_parts = l->n_parts,
                          .interleave = l->interleave};
+    for (int32_t p = 0; p < l->n_parts; p++) {
+        weight.part_rows[p] = l->rows[p];
+        weight.N += l->rows[p];
+    }
+    size_t adapter_bytes, weight_bytes = all->context.backend->packed_bytes(weight.N, weight.K);
+    int32_t n_layers = make_adapters(all, &s.lora, l, n_adapters, op,
+                                     op == JOINED ? weight_bytes : 0, &adapter_bytes);
+    begin_step(all, &s);
     mil_lora_args lora = {.batch = &s.batch,
                           .table = &s.lora,
                           .n_parts = l->n_parts,
                           .v_stride = (int64_t)l->n_parts * v_rank,
                           .v_part_stride = v_rank};
-    for (int32_t p = 0; p < l->n_parts; p++) {
+    for (int32_t p = 0; p < l->n_parts; p++)
         lora.projections[p] = (mil_projection)((int32_t)l->first + p);
-        weight.part_rows[p] = l->rows[p];
-        weight.N += l->rows[p];
-    }
     lora.v = take_random(all, (size_t)n_rows * (size_t)lora.v_stride * sizeof(float));
-    if (is_shrink) {
-        mil_lora_shrink_args args = {
-            .lora = lora, .x = (const uint16_t *)(all->pool + POOL_BYTES / 2), .ldx = l->K};
+    const uint16_t *x = (const uint16_t *)(all->pool + POOL_BYTES / 2);
+    if (op == SHRINK) {
+        mil_lora_shrink_args args = {.lora = lora, .x = x, .ldx = l->K};
         return measure(all, call_shrink, &args, n_layers);
     }
-    mil_lora_expand_args args = {
-        .lora = lora,
-        .y = take_random(all, (size_t)n_rows * (size_t)weight.N * sizeof(uint16_t)),
-        .ldy = weight.N,
-        .weight = &weight};
-    return measure(all, call_expand, &args, n_layers);
+    void *y = take_random(all, (size_t)n_rows * (size_t)weight.N * sizeof(uint16_t));
+    if (op == EXPAND) {
+        mil_lora_expand_args args = {.lora = lora, .y = y, .ldy = weight.N, .weight = &weight};
+        return measure(all, call_expand, &args, n_layers);
+    }
+    require(adapter_bytes + (size_t)n_layers * weight_bytes <= POOL_BYTES, "sets beyond the pool");
+    joined_job job = {.lora = lora,
+                      .weight = weight,
+                      .first = all->pool + adapter_bytes,
+                      .n_bytes = weight_bytes};
+    job.linear = (mil_linear_args){.y = y,
+                                   .x = x,
+                                   .weight = &job.weight,
+                                   .y_dtype = MIL_DTYPE_BF16,
+                                   .M = n_rows,
+                                   .ldy = weight.N,
+                                   .ldx = l->K};
+    return measure(all, call_joined, &job, n_layers);
 }
 
 static timing row_shrink(machine *all, const int32_t *n)
 {
-    return row_lora(all, n, true);
+    return row_lora(all, n, SHRINK);
 }
 
 static timing row_expand(machine *all, const int32_t *n)
 {
-    return row_lora(all, n, false);
+    return row_lora(all, n, EXPAND);
+}
+
+static timing row_joined(machine *all, const int32_t *n)
+{
+    return row_lora(all, n, JOINED);
 }
 
 /* ---- sample ---- */
@@ -471,7 +531,7 @@ static timing row_sample(machine *all, const int32_t *n)
         s.host.logit_rows[i] = s.host.logit_slots[i] = i;
         s.host.logit_feeds[i] = s.host.logit_positions[i] = 1;
         sampling[i] = kinds[n[1]];
-        sampling[i].n_logprobs = -1;
+        sampling[i].n_logprobs = n[2];
         sampling[i].seed = (uint64_t)i;
     }
     s.host.header->n_logit_rows = s.host.header->bucket_logit_rows = n_rows;
@@ -499,7 +559,7 @@ static const struct {
     {"read", row_read, 0},       {"embed", row_embed, 1},   {"norm", row_norm, 1},
     {"act", row_act, 1},         {"rope", row_rope, 3},     {"attention", row_attention, 4},
     {"product", row_product, 5}, {"shrink", row_shrink, 3}, {"expand", row_expand, 3},
-    {"sample", row_sample, 2},
+    {"joined", row_joined, 3},   {"begin", row_begin, 3},   {"sample", row_sample, 3},
 };
 
 static void answer(machine *all, const char *line)
@@ -543,7 +603,7 @@ int main(int argc, char **argv)
     for (int i = 1; i < argc; i++)
         mil_backend_add_library_dir(argv[i]);
     open_machine(&all, &maxima);
-    printf("{\"device\": \"%s\", \"sms\": %d}\n", all.context.queue->device_name,
+    printf("{\"device\": \"%s\", \"sms\": %d}\n", all.context.queue->label,
            all.context.queue->n_sms);
     fflush(stdout);
     while (fgets(line, sizeof line, stdin) != NULL) {

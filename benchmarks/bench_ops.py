@@ -1,11 +1,13 @@
 """Each op of the CUDA backend on Llama-3-8B's shapes, beside the roof and torch on the same GPU.
 
 us: one call, the median of graph replays (bench_ops.c says how). MB is what the op must read and
-write once; of LoRA the A or B of the adapters in use, of decode attention the KV. The roof is those
-bytes at 4.55 TB/s on an H200, elsewhere by a read loop of the same run, or the flops at the 790
-TFLOP/s that an H200's products reach in short runs, whichever takes longer. Peers are torch's:
-cuBLAS (torch.mm) for products, cuDNN for attention, argmax for greedy; "x peer" is their time over
-ours. "own" products are those of deterministic contexts. A row that fails says why.
+write once; of LoRA the A or B of the adapters in use ("joined": both, beside the product's), of
+decode attention the KV; of begin, a step's start, nothing is counted: its plan's few KB come from
+host memory. The roof is those bytes at 4.55 TB/s on an H200, elsewhere by a read loop of the same
+run, or the flops at the 790 TFLOP/s that an H200's products reach in short runs, whichever takes
+longer. Peers are torch's: cuBLAS (torch.mm) for products, cuDNN for attention, argmax for greedy;
+"x peer" is their time over ours. "own" products are those of deterministic contexts. A row that
+fails says why.
 
     python -m benchmarks.bench_ops [--ops attention,"product own"] [--quick] [--no-peers]
 
@@ -64,7 +66,9 @@ class Row:
     peer: Peer | None = None
 
     def roof_us(self, roof: Roof) -> float | None:
-        """None: it is bound by flops, and nothing is known of this device's."""
+        """None: nothing to count, or it is bound by flops, and this device's are not known."""
+        if self.n_bytes == 0:
+            return None
         bytes_us = self.n_bytes / roof.read_tbs / 1e6
         if roof.tflops is not None:
             return max(bytes_us, self.flops / roof.tflops / 1e6)
@@ -83,6 +87,8 @@ def small_rows(quick: bool) -> Iterator[Row]:
     for T in tokens:
         ask = "rope 1 8192 8192" if T == 8192 else f"rope {T} 1 1024"
         yield Row(f"rope_write T={T}", ask, T * 128 * 2 * 2 * (HEADS + 2 * KV_HEADS))
+    for S, query, keys in ((1, 1, 1024), (64, 1, 1024), (1, 8192, 8192)):
+        yield Row(f"begin {S}x{query} of {keys}", f"begin {S} {query} {keys}", 0)
     for T in tokens:
         yield Row(f"act T={T}", f"act {T}", T * FFN * 2 * 3)
 
@@ -139,13 +145,27 @@ def lora_rows(quick: bool) -> Iterator[Row]:
                     2 * RANK * columns * adapters,
                     2.0 * RANK * columns * T,
                 )
+    T = adapters = 64
+    for i, (name, (N, K, parts)) in enumerate(LINEARS.items()):
+        if name in ("qkv", "gate_up"):
+            columns = len(parts) * K + N
+            yield Row(
+                f"lora joined {name} {T} of {adapters}",
+                f"joined {T} {adapters} {i}",
+                2 * N * K + 2 * RANK * columns * adapters + 2 * T * (K + N),
+                2.0 * T * N * K + 2.0 * RANK * columns * T,
+            )
 
 
 def sample_rows(quick: bool) -> Iterator[Row]:
     for i, kind in enumerate(("greedy", "top-p 0.9", "top-k 50", "top-p 0.9 T 0.25")):
         for n in (64,) if quick else (1, 64):
             peer = peer_of("argmax_us", n, VOCAB) if kind == "greedy" else None
-            yield Row(f"sample {kind} batch={n}", f"sample {n} {i}", 4 * n * VOCAB, peer=peer)
+            yield Row(f"sample {kind} batch={n}", f"sample {n} {i} -1", 4 * n * VOCAB, peer=peer)
+    for n_logprobs in (0, 20):
+        for n in (64,) if quick else (1, 64):
+            name = f"sample greedy {n_logprobs} logprobs batch={n}"
+            yield Row(name, f"sample {n} 0 {n_logprobs}", 4 * n * VOCAB)
 
 
 def all_rows(quick: bool) -> Iterator[Row]:

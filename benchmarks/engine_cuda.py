@@ -6,11 +6,11 @@ on an idle engine, the median of 7. Beside each figure stand vLLM 0.26's on an H
 and what the roof alone would take: bytes at 4.55 TB/s, for prompts also flops at 790 TFLOP/s, both
 an H200's. "x vLLM" is above 1 where we are quicker.
 
-    python -m benchmarks.bench_engine --device cuda [--rows start,decode,ttft,lora,gap]
+    python -m benchmarks.bench_engine --device cuda [--rows start,decode,ttft,lora,d1,gap]
 
-Rows: start, decode, ttft, lora and gap, which take some 100 s together. Asked for by name: d1, the
-price of deterministic=True, and a minute each, queue, 512 requests at once, and zipf, 500 adapters.
-gap uses the profiler of torch.
+Rows: start, decode, ttft, lora, d1 (the price of deterministic=True) and gap, which take some 140 s
+together. With --rows all, or by name, a minute each: queue, 512 requests at once, and zipf, 500
+adapters. d1, queue and zipf have a model of their own. gap uses the profiler of torch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +37,8 @@ from benchmarks.shapes import SHAPES, Shape, dummy_adapter
 from benchmarks.traffic import Decoding
 from milpy.adapters import read_adapter
 
-ROWS = ("start", "decode", "ttft", "lora", "gap")
-MORE_ROWS = ("d1", "queue", "zipf")
+ROWS = ("start", "decode", "ttft", "lora", "d1", "gap")
+MORE_ROWS = ("queue", "zipf")
 READ_TBS, PEAK_TFLOPS = 4.55, 790.0  # an H200's
 PROMPT, NEW, RANK = 1024, 256, 16
 LORA_BATCH, GAP_BATCH = 64, 64
@@ -46,6 +48,7 @@ N_TTFT = 7
 QUEUE = (512, 1000, 1000)  # requests, in, out
 ZIPF = (1000, 512, 128)
 ZIPF_ADAPTERS, ZIPF_RANK, ZIPF_MEMORY = 500, 8, 0.7
+NOT_BUILT = "not built"  # a row of the peer's: adapters that wait in host memory, or come from disk
 GIB = 1 << 30
 
 
@@ -118,6 +121,7 @@ FLOORS = {
     "64 distinct": Floor("64 distinct", 0.65, True, "0.22", "0.82"),
     "gap": Floor("host gap, batch 64, ms", 0.02, False, "0.26", "-"),
     "start": Floor("start to first token, s", 5.0, False, "24-58", "-"),
+    "capture": Floor("capture of all graphs, s", 2.0, False, "-", "-"),
 }
 
 
@@ -147,22 +151,26 @@ def show_floors(found: dict[str, float]) -> int:
 
 
 class Bench:
-    """One model and engine, and what was found of the floors."""
+    """One model and engine; found: what was measured so far of the floors, and what it adds."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        folder: Path,
+        found: dict[str, float],
+        changed: dict[str, Any],
+    ) -> None:
         self.shape = SHAPES[options.shape]
         self.options = options
         self.folder = folder
-        self.found: dict[str, float] = {}
-        queued = QUEUE[0] if "queue" in options.rows else 0
-        choice = EngineChoice(
-            device=options.device,
-            max_num_seqs=max(*options.batches, LORA_BATCH, queued),
-            gpu_memory_utilization=ZIPF_MEMORY if "zipf" in options.rows else 0.0,
-            deterministic=options.deterministic,
-            enforce_eager=options.eager,
-        )
-        self.gpu = GpuModel(self.shape, folder, choice)
+        self.found = found
+        choice = {
+            "device": options.device,
+            "max_num_seqs": max(*options.batches, LORA_BATCH),
+            "deterministic": options.deterministic,
+            "enforce_eager": options.eager,
+        }
+        self.gpu = GpuModel(self.shape, folder, EngineChoice(**(choice | changed)))
         self._off: dict[int, list[Decoding]] = {}
 
     def decode(self, n_seqs: int, adapters: list[int]) -> list[Decoding]:
@@ -189,20 +197,38 @@ class Bench:
         return 1e3 * statistics.median(run_s() for _ in range(N_TTFT))
 
 
+@contextmanager
+def open_bench(
+    options: argparse.Namespace, found: dict[str, float], **changed: Any
+) -> Iterator[Bench]:
+    """changed: fields of EngineChoice."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, Path(folder), found, changed)
+        try:
+            yield bench
+        finally:
+            bench.gpu.close()
+
+
 def median_rate(runs: list[Decoding]) -> float:
     return statistics.median(run.rate for run in runs)
 
 
 def rows_start(bench: Bench) -> None:
+    """capture is a part of engine: all graphs, those of the dry run too."""
     start = bench.gpu.start
     least, most = vllm_h200.START_S
-    table = Table("start, s", "weights", "engine", "first token", "total", "vLLM")
+    capture = bench.gpu.engine.stats()["capture_ns"] / 1e9
+    table = Table("start, s", "weights", "engine", "capture", "first token", "total", "vLLM")
     table.row(
         "dummy weights to first token",
-        *(f"{s:.2f}" for s in (start.weights, start.engine, start.first_token, start.total)),
+        *(f"{s:.2f}" for s in (start.weights, start.engine, capture)),
+        *(f"{s:.2f}" for s in (start.first_token, start.total)),
         f"{least:.0f}-{most:.0f}",
     )
     bench.found["start"] = start.total
+    if not bench.options.eager:
+        bench.found["capture"] = capture
     memory = bench.gpu.engine.memory()
     table = Table(f"memory of {memory['device']}, GiB", "GiB")
     for name in "weight kv adapter workspace graph other free total".split():
@@ -289,7 +315,7 @@ def rows_lora_ttft(bench: Bench, adapter: int) -> None:
         return seconds
 
     table = Table("time to first token", "ms", "64 slots", "8 slots", "x vLLM")
-    ours = {
+    ours: dict[tuple[int, str], float | None] = {
         (2048, "base"): bench.ttft_ms(2048, -1),
         (2048, "adapter"): bench.ttft_ms(2048, adapter),
         (128, "resident"): bench.ttft_ms(128, adapter),
@@ -300,7 +326,8 @@ def rows_lora_ttft(bench: Bench, adapter: int) -> None:
         peer = vllm_h200.LORA_TTFT_MS[length, name]
         best = min(figure for figure in peer if figure is not None)
         table.row(
-            f"prompt {length}, {name}", number(ms, 2), number(peer.slots_64, 1),
+            f"prompt {length}, {name}", NOT_BUILT if ms is None else number(ms, 2),
+            number(peer.slots_64, 1),
             number(peer.slots_8, 1), number(ratio(best, ms), 3),
         )  # fmt: skip
 
@@ -314,7 +341,7 @@ def rows_queue(bench: Bench) -> None:
 
 
 def rows_zipf(bench: Bench) -> None:
-    """All adapters stay on the GPU, where vLLM had 32 there and the rest in host memory."""
+    """All adapters are on the GPU; vLLM had 32 there, the rest in host memory or on disk."""
     n, prompt, new = ZIPF
     gpu = bench.gpu
     ids = np.array(
@@ -325,29 +352,37 @@ def rows_zipf(bench: Bench) -> None:
     )
     shares = 1.0 / np.arange(1, ZIPF_ADAPTERS + 1)
     drawn = np.random.default_rng(7).choice(ids, n, p=shares / shares.sum())
-    table = Table(f"{n} x {prompt} in / {new} out", "requests/s", "vLLM", "x vLLM")
-    traffic = {"base only": [-1] * n, "one adapter": [int(ids[0])] * n, "zipf s=1": drawn.tolist()}
+    table = Table(
+        f"{n} x {prompt} in / {new} out, r={ZIPF_RANK}",
+        "requests/s", "on the GPU", "vLLM", "on its GPU", "x vLLM",
+    )  # fmt: skip
+    traffic = {
+        "base only": [-1] * n,
+        "one adapter": [int(ids[0])] * n,
+        "zipf s=1": drawn.tolist(),
+        "zipf s=1, from disk": None,
+    }
     for name, adapters in traffic.items():
-        rate = n / gpu.traffic.serve_s(adapters, prompt, new)
+        rate = None if adapters is None else n / gpu.traffic.serve_s(adapters, prompt, new)
         peer = vllm_h200.MANY_ADAPTERS[name]
-        table.row(name, number(rate, 1), number(peer, 1), number(rate / peer, 3))
+        table.row(
+            name, NOT_BUILT if rate is None else number(rate, 1), str(ZIPF_ADAPTERS),
+            number(peer, 1), str(vllm_h200.MANY_SLOTS), number(ratio(rate, peer), 3),
+        )  # fmt: skip
 
 
-def rows_d1(options: argparse.Namespace, folder: Path, found: dict[str, float]) -> None:
+def rows_d1(bench: Bench) -> None:
     """The price of bits that batch mates do not change; shares where the default's rows ran."""
-    exact = argparse.Namespace(**vars(options))
-    exact.deterministic = True
-    bench = Bench(exact, folder)
+    found = bench.found
     table = Table("deterministic=True", "tok/s", "ms", "of default")
     for n in (1, LORA_BATCH):
         rate = median_rate(bench.decode(n, [-1]))
         share = ratio(rate, found.get(f"decode {n}"))
         table.row(f"batch {n}", number(rate, 1), number(1e3 * n / rate, 3), number(share, 3))
-    for length in options.prompts:
+    for length in bench.options.prompts:
         ms = bench.ttft_ms(length, -1)
         share = ratio(found.get(f"ttft {length}"), ms)
         table.row(f"prompt {length}", "", number(ms, 2), number(share, 3))
-    bench.gpu.close()
 
 
 def rows_gap(options: argparse.Namespace, found: dict[str, float]) -> None:
@@ -377,22 +412,25 @@ def rows_gap(options: argparse.Namespace, found: dict[str, float]) -> None:
 
 # ---- the command ----
 
-WITH_MODEL = {
+ON_ONE_MODEL: dict[str, Callable[[Bench], None]] = {
     "start": rows_start,
     "decode": rows_decode,
     "ttft": rows_ttft,
-    "queue": rows_queue,
     "lora": rows_lora,
-    "zipf": rows_zipf,
+}
+ON_ITS_OWN: dict[str, tuple[Callable[[Bench], None], dict[str, Any]]] = {
+    "queue": (rows_queue, {"max_num_seqs": QUEUE[0]}),
+    "zipf": (rows_zipf, {"gpu_memory_utilization": ZIPF_MEMORY}),
+    "d1": (rows_d1, {"deterministic": True}),
 }
 
 
 def names(text: str) -> list[str]:
     """Rows, as a list with commas."""
-    found = text.split(",")
+    found = list(ROWS + MORE_ROWS) if text == "all" else text.split(",")
     for name in found:
         if name not in ROWS + MORE_ROWS:
-            expected = ", ".join(ROWS + MORE_ROWS)
+            expected = ", ".join(ROWS + MORE_ROWS) + ", or all"
             raise argparse.ArgumentTypeError(f"found {name!r}, expected some of {expected}")
     return found
 
@@ -421,19 +459,15 @@ def main(arguments: list[str], device: str) -> int:
     options.device = device
     begin = time.perf_counter()
     found: dict[str, float] = {}
-    if any(name in WITH_MODEL for name in options.rows):
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(options, Path(folder))
-            try:
-                for name, rows in WITH_MODEL.items():
-                    if name in options.rows:
-                        rows(bench)
-            finally:
-                bench.gpu.close()
-            found = bench.found
-    if "d1" in options.rows:
-        with tempfile.TemporaryDirectory() as folder:
-            rows_d1(options, Path(folder), found)
+    if any(name in ON_ONE_MODEL for name in options.rows):
+        with open_bench(options, found) as bench:
+            for name, rows in ON_ONE_MODEL.items():
+                if name in options.rows:
+                    rows(bench)
+    for name, (rows, changed) in ON_ITS_OWN.items():
+        if name in options.rows:
+            with open_bench(options, found, **changed) as bench:
+                rows(bench)
     if "gap" in options.rows:
         rows_gap(options, found)
     n_missed = show_floors(found)

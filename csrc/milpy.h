@@ -158,8 +158,9 @@ typedef struct mil_model_report {
     int32_t n_adapters;   /* contents now held */
     int32_t world;
     int32_t n_threads;
-    const char *device; /* "cpu", "cuda" */
-    const char *isa;    /* of this CPU: "avx512bf16", "avx512", "avx2", "scalar" */
+    const char *device;  /* "cpu", "cuda" */
+    const char *isa;     /* of this CPU: "avx512bf16", "avx512", "avx2", "scalar" */
+    const char *no_cuda; /* why device "auto" became "cpu", the model's own text; else "" */
 } mil_model_report;
 
 void mil_model_report_get(const mil_model *model, mil_model_report *report);
@@ -304,6 +305,8 @@ typedef struct mil_engine_stats {
     uint64_t submit_ns; /* handing it to the device; where the host computes, all of the step */
     uint64_t wait_ns;   /* for the oldest step on the device */
     uint64_t retire_ns; /* its tokens to requests and events */
+    /* Before the first step: capturing every decode step, the dry run that is measured included. */
+    uint64_t capture_ns;
     size_t kv_bytes;
     size_t workspace_bytes;
 } mil_engine_stats;

@@ -13,6 +13,7 @@ from milpy.config import ModelConfig
 MAX_LOGPROBS: int
 MAX_STOP_TOKENS: int
 GPU_MEMORY_UTILIZATION: float
+HAS_CUDA: bool
 FINISH_NONE: int
 FINISH_STOP: int
 FINISH_LENGTH: int
@@ -34,6 +35,18 @@ class _DeviceReport(TypedDict):
     memory_bytes: int
     memory_free_bytes: int
 
+class _GpuReport(TypedDict):
+    name: str
+    compute_capability: int
+    driver_cuda: int
+    build_cuda: int
+    total_bytes: int
+    problem: str
+    free_bytes: int
+    kernels: str
+    cublaslt_version: int
+    cublaslt_path: str
+
 class _MachineReport(TypedDict):
     isa: str
     isa_available: str
@@ -51,6 +64,7 @@ class _ModelReport(TypedDict):
     n_threads: int
     device: str
     isa: str
+    no_cuda: str
 
 class _EngineStats(TypedDict):
     n_waiting: int
@@ -69,6 +83,7 @@ class _EngineStats(TypedDict):
     submit_ns: int
     wait_ns: int
     retire_ns: int
+    capture_ns: int
     kv_bytes: int
     workspace_bytes: int
 
@@ -88,6 +103,7 @@ def machine_report() -> _MachineReport: ...
 def memory_held() -> int: ...
 def memory_calls() -> int: ...
 def device_report(device: str, /) -> _DeviceReport: ...
+def gpu_reports() -> list[_GpuReport]: ...
 def add_library_dir(directory: str, /) -> None: ...
 def dlpack_stream(exchange_api: object, device_type: int, device_id: int, /) -> int: ...
 
@@ -128,6 +144,10 @@ def op_sample(
     logits: _Operand,
     params: _Operand,
     positions: _Operand,
+    logprobs: _Operand | None,
+    ranks: _Operand | None,
+    top_tokens: _Operand | None,
+    top_logprobs: _Operand | None,
     /,
 ) -> None: ...
 def op_rope(

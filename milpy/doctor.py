@@ -8,13 +8,20 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from milpy import __version__
 from milpy.errors import MilpyError
 
+if TYPE_CHECKING:
+    from milpy._C import _GpuReport
+
 PACKAGES = ("numpy", "tokenizers", "huggingface_hub", "jinja2", "tqdm")
 CHECKOUT_PACKAGES = ("ml_dtypes", "pytest", "torch", "transformers", "peft")
 OLDEST_PYTHON = (3, 10)
+CUDA_BUILD = (
+    "; for one: nvcc 12.4 or newer, then MILPY_CUDA=1 make, or MILPY_CUDA=1 pip install -e ."
+)
 
 Line = tuple[str, str]
 
@@ -42,7 +49,7 @@ def _lines(problems: list[str]) -> Iterator[Line]:
     found = [f"{name} {_version(name)}" for name in CHECKOUT_PACKAGES if _version(name)]
     yield "for tests", ", ".join(found) or "none of " + ", ".join(CHECKOUT_PACKAGES)
     yield "gpu", _gpu()
-    yield "cuda", _cuda()
+    yield from _cuda()
     yield "demo model", _demo()
     yield "environment", _environment()
 
@@ -101,20 +108,47 @@ def _gpu() -> str:
     return ", ".join(devices) if devices else "found no /dev/nvidia0"
 
 
-def _cuda() -> str:
-    """Whether the CUDA backend can run, and why not. Where a GPU is there and a library is not,
-    device auto is an error as well, so this does not say what will be used instead."""
+def _cuda() -> Iterator[Line]:
+    """Whether the CUDA backend can run, with what, and why not. Where a GPU is there and a library
+    is not, device auto is an error as well, so this does not say what will be used instead."""
     try:
         from milpy import _C, wheels  # noqa: PLC0415 - its absence was told before
     except ImportError:
-        return "cannot run: no extension"
+        yield "cuda", "cannot run: no extension"
+        return
     wheels.add_library_dirs(_C.add_library_dir)
     try:
-        report = _C.device_report("cuda")
+        gpus = _C.gpu_reports()
     except MilpyError as problem:
-        return f"cannot run: {problem}"
-    total, free = report["memory_bytes"] / 2**30, report["memory_free_bytes"] / 2**30
-    return f"will be used; {free:.1f} GiB of {total:.1f} GiB are free"
+        advice = "" if _C.HAS_CUDA else CUDA_BUILD
+        yield "cuda", f"cannot run: {problem}{advice}"
+        return
+    driver, build = (cuda_version(gpus[0][key]) for key in ("driver_cuda", "build_cuda"))
+    yield "cuda", f"{build} in this build, {driver} in the driver"
+    for ordinal, gpu in enumerate(gpus):
+        for line in gpu_lines(gpu, is_first=ordinal == 0):
+            yield f"cuda:{ordinal}", line
+
+
+def gpu_lines(gpu: _GpuReport, *, is_first: bool) -> Iterator[str]:
+    """What _C.gpu_reports tells of one."""
+    major, minor = divmod(gpu["compute_capability"], 10)
+    yield f"{gpu['name']}, compute capability {major}.{minor}"
+    total, free = gpu["total_bytes"] / 2**30, gpu["free_bytes"] / 2**30
+    if gpu["problem"]:
+        yield f"cannot run: {gpu['problem']}"
+        return
+    role = "will be used" if is_first else "can be used"
+    yield f"{role}; {free:.1f} GiB of {total:.1f} GiB are free"
+    yield f"kernels: {gpu['kernels']}"
+    version = gpu["cublaslt_version"]
+    numbers = f"{version // 10_000}.{version // 100 % 100}.{version % 100}"
+    yield f"cuBLASLt {numbers} in {gpu['cublaslt_path']}"
+
+
+def cuda_version(number: int) -> str:
+    """13020 is CUDA 13.2."""
+    return f"CUDA {number // 1000}.{number % 1000 // 10}"
 
 
 def _demo() -> str:

@@ -27,6 +27,7 @@ from milpy.wheels import add_library_dirs
 
 POLL_SECONDS = 0.05
 PAGE_SIZES = (16, 32, 64, 128, 256)
+DEVICE_FILES = Path("/dev")  # NVIDIA's driver puts one for each GPU there
 
 _log = logging.getLogger("milpy")
 
@@ -124,13 +125,15 @@ def load(model: str | Path, options: EngineOptions) -> LoadedModel:
     checkpoint = None if options.load_format == "dummy" else open_checkpoint(folder, config)
     tokenizer, missing = _open_tokenizer(folder, options.tokenizer, config.vocab_size)
     _log_dtype(folder, checkpoint, options.dtype)
+    loaded = _load_weights(folder.resolve().name, config, checkpoint, context, options)
+    _log_device(loaded.report()["no_cuda"])
     return LoadedModel(
         folder=folder,
         config=config,
         eos_token_ids=eos_token_ids(config, generation),
         tokenizer=tokenizer,
         missing_tokenizer=missing,
-        model=_load_weights(folder.resolve().name, config, checkpoint, context, options),
+        model=loaded,
     )
 
 
@@ -153,6 +156,15 @@ def _log_dtype(folder: Path, checkpoint: Checkpoint | None, dtype: str) -> None:
     others = sorted({tensor.dtype for tensor in checkpoint.tensors.values()} - {"BF16"})
     if others:
         _log.warning("%s: %s weights are converted to bfloat16", folder, " and ".join(others))
+
+
+def _log_device(no_cuda: str) -> None:
+    """Why device auto is the CPU: worth a warning where there is a GPU that could be used."""
+    has_gpu = any(DEVICE_FILES.glob("nvidia[0-9]*"))
+    if no_cuda:
+        _log.log(
+            logging.WARNING if has_gpu else logging.INFO, "device auto is the CPU: %s", no_cuda
+        )
 
 
 def _load_weights(

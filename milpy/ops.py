@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -47,6 +47,7 @@ from milpy import _C, wheels
 from milpy.errors import RequestError
 
 __all__ = [
+    "Sampled",
     "attention",
     "bfloat16",
     "embedding",
@@ -60,6 +61,7 @@ __all__ = [
     "rope_and_cache",
     "rope_tables",
     "sample",
+    "sample_logprobs",
     "sampling_params",
     "silu_and_mul",
 ]
@@ -298,18 +300,20 @@ def sampling_params(
     top_k: ArrayLike = 0,
     top_p: ArrayLike = 1.0,
     seed: ArrayLike = 0,
+    n_logprobs: ArrayLike = -1,
 ) -> NDArray[np.int32]:
     """The parameters of n rows as `sample` reads them: [n, 6] int32, one value or one for each row.
 
-    temperature 0: greedy; top_k 0 and top_p 1: off; seed, any 64 bits. For a GPU, copy the result
-    there. They are checked by `sample`, where it can see them.
+    temperature 0: greedy; top_k 0 and top_p 1: off; seed, any 64 bits. n_logprobs, for
+    `sample_logprobs`: -1 none, 0 the token's, up to 20 that many of the best tokens' as well. For a
+    GPU, copy the result there. They are checked by `sample`, where it can see them.
     """
     params = np.zeros(n, _SAMPLING)
     for name, value in [("temperature", temperature), ("top_k", top_k), ("top_p", top_p)]:
         params[name] = value
-    params["n_logprobs"] = -1
+    params["n_logprobs"] = n_logprobs
     params["seed"] = np.asarray(seed, np.uint64)
-    return params.view(np.int32).reshape(n, -1)
+    return params.view(np.int32).reshape(n, _SAMPLING.itemsize // 4)
 
 
 def sample(
@@ -327,18 +331,85 @@ def sample(
     the counter of each row's draw (the index of the token to choose, say), zeros where NumPy's are
     left out; out [n] int32, -1 for a row with a NaN or without a finite maximum. Greedy and ties:
     the lowest id. A draw is a pure function of (seed, position) and of the logits. Params of a host
-    array must have temperature >= 0, top_k >= 0 and 0 < top_p <= 1; on a GPU others choose some
-    token. V is at most 524,288 on a GPU. Top-k: Fan et al. 2018; top-p: Holtzman et al. 2020;
-    docs/numerics.md has the definition. Device, stream, errors: see this module.
+    array must have temperature >= 0, top_k >= 0, 0 < top_p <= 1 and n_logprobs of -1 to 20; on a
+    GPU others choose some token. V is at most 524,288 on a GPU. Top-k: Fan et al. 2018; top-p:
+    Holtzman et al. 2020; docs/numerics.md has the definition. Device, stream, errors: see this
+    module.
     """
-    n = _sizes("sample", "logits", logits, 2)[0]
+    arrays = _sample_arrays("sample", logits, params, positions, out)
+    _run(_C.op_sample, [*arrays, None, None, None, None], device=device, stream=stream)
+    return arrays[0]
+
+
+def _sample_arrays(
+    op: str, logits: Array, params: Array, positions: Array | None, out: Array | None
+) -> list[Array]:
+    n = _sizes(op, "logits", logits, 2)[0]
     if positions is None:
-        positions = _empty("sample", logits, (n,), np.int32)
+        positions = _empty(op, logits, (n,), np.int32)
         positions[:] = 0
     if out is None:
-        out = _empty("sample", logits, (n,), np.int32)
-    _run(_C.op_sample, [out, logits, params, positions], device=device, stream=stream)
-    return out
+        out = _empty(op, logits, (n,), np.int32)
+    return [out, logits, params, positions]
+
+
+class Sampled(NamedTuple):
+    """What `sample_logprobs` wrote: tokens, logprobs, ranks, top_tokens, top_logprobs."""
+
+    tokens: Array
+    logprobs: Array
+    ranks: Array
+    top_tokens: Array
+    top_logprobs: Array
+
+
+def _n_columns(params: Array) -> int:
+    """Room for the most that a row asks for; what is no such number is refused later."""
+    if not isinstance(params, np.ndarray) or params.ndim != 2 or params.size == 0:
+        return 0
+    column = list(_SAMPLING.names or ()).index("n_logprobs")
+    asked = params[:, column].max() if params.shape[1] > column else 0
+    return int(min(max(asked, 0), _C.MAX_LOGPROBS))
+
+
+def sample_logprobs(
+    logits: Array,
+    params: Array,
+    positions: Array | None = None,
+    *,
+    out: Array | None = None,
+    logprobs: Array | None = None,
+    ranks: Array | None = None,
+    top_tokens: Array | None = None,
+    top_logprobs: Array | None = None,
+    device: str | None = None,
+    stream: Stream | None = None,
+) -> Sampled:
+    """`sample`, and for rows with n_logprobs >= 0 how likely its token was, and which were best.
+
+    logprob = (x - max) - log(sum exp(x - max)), x the row's logits before temperature and filters.
+    logits, params, positions and out as in `sample`, the same tokens; logprobs [n] float32, of the
+    token; ranks [n] int32, 1 plus how many logits come before the token's (larger, or equal at a
+    lower id); top_tokens [n, c] int32 and top_logprobs [n, c] float32, c <= 20: the row's
+    n_logprobs best, best first, cut to c; -1 and 0 where there are fewer (NumPy's have room for the
+    most that a row of params asks for). A row with n_logprobs -1 or token -1 has logprob 0, rank 0.
+    On a GPU n_logprobs above 20 counts as 20, below 0 as -1. log_softmax of torch.nn.functional,
+    in float32. Device, stream, errors: see this module.
+    """
+    op = "sample_logprobs"
+    arrays = _sample_arrays(op, logits, params, positions, out)
+    n, columns = _sizes(op, "logits", logits, 2)[0], _n_columns(params)
+    if logprobs is None:
+        logprobs = _empty(op, logits, (n,), np.float32)
+    if ranks is None:
+        ranks = _empty(op, logits, (n,), np.int32)
+    if top_tokens is None:
+        top_tokens = _empty(op, logits, (n, columns), np.int32)
+    if top_logprobs is None:
+        top_logprobs = _empty(op, logits, _sizes(op, "top_tokens", top_tokens, 2), np.float32)
+    arrays += [logprobs, ranks, top_tokens, top_logprobs]
+    _run(_C.op_sample, arrays, device=device, stream=stream)
+    return Sampled(arrays[0], logprobs, ranks, top_tokens, top_logprobs)
 
 
 # ---- rotary embedding ----

@@ -1,12 +1,14 @@
 #!/bin/sh
 # compute-sanitizer over the tests marked `sanitize`: every kernel of the ops at its smallest, under
 # memcheck, racecheck, initcheck and synccheck. A process for each tool and file, JOBS (as many as
-# cores) at a time, which share the GPU. Needs what tools/gpu_check.sh builds. Prints a table.
+# cores) at a time, which share the GPU. Needs the extension and build/tests/libshim.so. Prints a table,
+# or why there is no compute-sanitizer here (77 then).
 #
 #   tools/sanitize.sh [test files, by default those of tests/kernels that hold such a test]
 #   TOOLS=racecheck tools/sanitize.sh tests/kernels/test_attention_small.py
 cd "$(dirname "$0")/.." || exit 1
 export PYTHON="${PYTHON:-python3}"
+PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 
 # --one LOGS TOOL FILE: one process, its output to a file, a line of the table.
 if [ "$1" = --one ]; then
@@ -23,6 +25,15 @@ if [ "$1" = --one ]; then
     exit 1
 fi
 
+command -v compute-sanitizer >/dev/null || { echo "found no compute-sanitizer on PATH" && exit 77; }
+# Under some virtual machines it knows no GPU, whatever it is asked.
+opened=$(compute-sanitizer "$PYTHON" -c 'import sys
+sys.path[:0] = ["tests", "."]
+from helpers.cpu_shim import cuda_paths
+cuda_paths()' 2>&1)
+case $opened in
+*"Device not supported"*) echo "compute-sanitizer says here: Device not supported" && exit 77 ;;
+esac
 [ $# -gt 0 ] || set -- $(grep -lE 'mark\.sanitize|small\(' tests/kernels/test_*.py)
 logs=$(mktemp -d)
 for tool in ${TOOLS:-racecheck initcheck memcheck synccheck}; do # the slowest first

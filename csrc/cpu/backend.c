@@ -54,6 +54,7 @@ static void close(struct mil_queue *queue)
 static mil_status memory(struct mil_queue *queue, mil_device_memory *memory)
 {
     (void)queue;
+    memory->name = "cpu";
     memory->n_free = memory->n_free_at_open = mil_memory_free_bytes();
     memory->n_total = mil_memory_limit_bytes();
     return MIL_OK;

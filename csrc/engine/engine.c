@@ -469,6 +469,7 @@ void mil_engine_stats_get(mil_engine *engine, mil_engine_stats *stats)
         .submit_ns = engine->times.submit_ns,
         .wait_ns = engine->times.wait_ns,
         .retire_ns = engine->times.retire_ns,
+        .capture_ns = mil_runner_capture_ns(engine->runner),
         .kv_bytes = (size_t)engine->options.kv_cache_bytes,
         .workspace_bytes = engine->workspace_bytes,
     };

@@ -13,7 +13,7 @@
 #define MIL_ATTENTION_ROWS 16  /* tiles of at most so many rows are worked on by a whole block */
 /* Keys of the shortest split. Shorter ones serve one sequence, longer ones many: Llama-3-8B's shape
  * at 1k decodes 211 / 1504 / 7465 tokens a second at batch 1 / 8 / 64 with 256, 202 / 1516 / 7950
- * with 512, 187 / 1428 / 8200 with 1024 (H200, 2026-11-24, bench_device). */
+ * with 512, 187 / 1428 / 8200 with 1024 (H200, 2026-11-24, bench_engine). */
 #define MIL_ATTENTION_MIN_SPLIT 512
 #define MIL_ATTENTION_HEADER_BYTES 256
 /* Where the running maximum starts: finite, so that maximum minus maximum is never NaN. */
@@ -119,7 +119,8 @@ static inline size_t mil_attention_partial_bytes(int32_t n_heads, int32_t head_d
     return (size_t)n_heads * (size_t)(head_dim + 2) * sizeof(float);
 }
 
-/* As many places as the workspace has room for: the plan leaves a row whole that finds none. */
+/* As many places as the workspace has room for: the plan refuses one with too few for its bucket.
+ */
 static inline mil_attention_partials mil_attention_partials_in(void *workspace, size_t n_bytes,
                                                                int32_t n_heads, int32_t head_dim)
 {

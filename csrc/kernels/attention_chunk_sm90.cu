@@ -1,7 +1,7 @@
 /* Flash attention over paged KV for chunks of several queries, Hopper path: head sizes 64 and 128.
  *
  * The formula, shapes, dtypes and masks of attention.cu; scores, maximum, sum and O in fp32, P
- * rounded as V is for P V, its sum taken before the rounding. A tile is 128 or 192 packed rows, 64
+ * rounded as V is for P V, its sum taken before the rounding. A tile is 128 packed rows, 64
  * of each consumer warpgroup, against blocks of 128 keys at absolute multiples of 128: a row's bits
  * depend on its length and window alone, not on how the prompt was cut.
  *

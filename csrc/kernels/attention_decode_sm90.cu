@@ -420,6 +420,7 @@ static __device__ __forceinline__ bool is_last_split(const mil_attention_sm90 &p
             &p.places.counters[(int64_t)item->counter * p.n_kv_heads + queued->kv_head],
             item->n_splits);
     is_last = __shfl_sync(0xffffffffu, is_last, 0);
+    __syncwarp(); /* the shuffle orders no memory: the others read behind the first lane's count */
     __threadfence();
     return is_last != 0;
 }

@@ -20,7 +20,6 @@ typedef struct plan_params {
     const int32_t *kv_lengths;
     const int32_t *seq_slot;
     mil_attention_places places;
-    int32_t n_places; /* for partial results */
     int32_t bucket_seqs, bucket_tokens;
     int32_t group;
     int32_t n_tiles; /* of MIL_ATTENTION_ROWS that hold a group */
@@ -156,9 +155,6 @@ static __device__ int32_t load_group(const plan_params &p, plan_shared &shared, 
     const int32_t wanted = sequence.n_splits > 1 ? sequence.n_splits : 0;
     sequence.partial = *n_partials + sum_before(wanted, &total, shared.warp_sums);
     *n_partials += total;
-    /* Never so in a workspace of the size that was asked for. */
-    if (wanted > 0 && sequence.partial + wanted > p.n_places)
-        sequence.n_splits = 1;
     const int32_t before = sum_before(n_items_of(p, sequence), &total, shared.warp_sums);
     shared.sequences[t] = sequence;
     shared.first_item[t] = before;
@@ -236,21 +232,29 @@ static __global__ void __launch_bounds__(THREADS) plan_kernel(const __grid_const
         p.places.list->n_items = min(n_items, p.places.max_items);
 }
 
-/* Splits of a row of the longest length. */
-static int64_t most_splits(const mil_maxima *maxima, int64_t n_splits)
+/* Keys that a row of the page table can hold. Sizes follow from it, and not from the positions that
+ * a model allows, so that the plan can hold them against it. */
+static int32_t table_keys(int32_t max_pages, int32_t page_size)
 {
-    const int64_t n =
-        (maxima->max_position + MIL_ATTENTION_MIN_SPLIT - 1) / MIL_ATTENTION_MIN_SPLIT;
-    return n < n_splits ? n : n_splits;
+    const int64_t n = (int64_t)max_pages * page_size;
+    return n > INT32_MAX / 2 ? INT32_MAX / 2 : (int32_t)n;
+}
+
+/* Splits of a row of so many keys, at most. */
+static int64_t most_splits(int32_t n_keys, int32_t max_splits)
+{
+    const int64_t n = ((int64_t)n_keys + MIL_ATTENTION_MIN_SPLIT - 1) / MIL_ATTENTION_MIN_SPLIT;
+    return n < max_splits ? n : max_splits;
 }
 
 /* For any number of kv heads up to that of maxima: sizes grow with each of them. */
 extern "C" size_t mil_cuda_attention_step_bytes(const mil_maxima *maxima)
 {
     const size_t n_seqs = (size_t)maxima->max_seqs, n_heads = (size_t)maxima->n_heads;
+    const int32_t n_keys = table_keys(maxima->max_pages_per_seq, maxima->page_size);
     const int64_t n_items = mil_attention_most_items(
         maxima->max_seqs, maxima->max_tokens, maxima->n_heads,
-        mil_attention_tiles(maxima->n_heads, 1), most_splits(maxima, mil_attention_max_splits(1)));
+        mil_attention_tiles(maxima->n_heads, 1), most_splits(n_keys, mil_attention_max_splits(1)));
     /* Tiles of a group times kv heads: never more than heads. */
     return mil_round_up(MIL_ATTENTION_HEADER_BYTES + 256 + n_seqs * n_heads * sizeof(int32_t) +
                             (size_t)n_items * sizeof(mil_attention_item),
@@ -259,7 +263,8 @@ extern "C" size_t mil_cuda_attention_step_bytes(const mil_maxima *maxima)
 
 extern "C" size_t mil_cuda_attention_workspace(const mil_maxima *maxima)
 {
-    const int64_t n_splits = most_splits(maxima, mil_attention_max_splits(maxima->n_kv_heads));
+    const int32_t n_keys = table_keys(maxima->max_pages_per_seq, maxima->page_size);
+    const int64_t n_splits = most_splits(n_keys, mil_attention_max_splits(maxima->n_kv_heads));
     if (n_splits <= 1)
         return 256;
     return mil_round_up((size_t)(maxima->max_seqs * n_splits) *
@@ -268,11 +273,36 @@ extern "C" size_t mil_cuda_attention_workspace(const mil_maxima *maxima)
                         256);
 }
 
+/* Room for the longest rows that the bucket allows: a row that found none could not be cut as its
+ * length asks, and its bits would depend on its batch mates. */
+static mil_status check_room(const mil_context *context, const mil_begin_args *args,
+                             const plan_params &p)
+{
+    const int32_t head_dim = args->kv->head_dim;
+    const int64_t n_splits = most_splits(p.max_keys, p.max_splits);
+    const int64_t n_items =
+        mil_attention_most_items(p.bucket_seqs, p.bucket_tokens, p.group, p.n_tiles, n_splits);
+    const int64_t n_places = n_splits > 1 ? p.bucket_seqs * n_splits : 0;
+    const int64_t n_found = mil_attention_partials_in(context->workspace, context->workspace_bytes,
+                                                      args->n_heads, head_dim)
+                                .n_places;
+    if (p.places.max_items < n_items)
+        return mil_fail(MIL_ERR_INTERNAL,
+                        "attention: found room for %d items of work in %zu bytes of step data, "
+                        "expected %lld",
+                        p.places.max_items, context->step_bytes, (long long)n_items);
+    if (n_found < n_places)
+        return mil_fail(MIL_ERR_INTERNAL,
+                        "attention: found room for %lld partial results in %zu bytes of workspace, "
+                        "expected %lld",
+                        (long long)n_found, context->workspace_bytes, (long long)n_places);
+    return MIL_OK;
+}
+
 extern "C" mil_status mil_cuda_attention_plan(mil_context *context, const mil_begin_args *args)
 {
     const mil_plan_header *header = args->batch->header;
     const mil_kv *kv = args->kv;
-    const int64_t max_keys = (int64_t)args->slots->max_pages * kv->page_size;
     plan_params p = {};
     p.counts = args->batch->counts;
     p.query_indptr = args->batch->query_indptr;
@@ -280,13 +310,6 @@ extern "C" mil_status mil_cuda_attention_plan(mil_context *context, const mil_be
     p.seq_slot = args->batch->seq_slot;
     p.places = mil_attention_place(context->step_data, context->step_bytes, header->bucket_seqs,
                                    args->n_heads, kv->n_kv_heads);
-    if (p.places.max_items < 1)
-        return mil_fail(MIL_ERR_INTERNAL,
-                        "attention: found %zu bytes of step data, expected room for %d sequences",
-                        context->step_bytes, header->bucket_seqs);
-    p.n_places = mil_attention_partials_in(context->workspace, context->workspace_bytes,
-                                           args->n_heads, kv->head_dim)
-                     .n_places;
     p.bucket_seqs = header->bucket_seqs;
     p.bucket_tokens = header->bucket_tokens;
     p.group = args->n_heads / kv->n_kv_heads;
@@ -295,7 +318,8 @@ extern "C" mil_status mil_cuda_attention_plan(mil_context *context, const mil_be
     p.tile_rows =
         p.are_chunks_apart ? MIL_ATTENTION_SM90_ROWS : mil_attention_tile_rows(kv->head_dim);
     p.max_splits = mil_attention_max_splits(kv->n_kv_heads);
-    p.max_keys = max_keys > INT32_MAX / 2 ? INT32_MAX / 2 : (int32_t)max_keys;
+    p.max_keys = table_keys(args->slots->max_pages, kv->page_size);
     p.n_slots = args->slots->n_slots;
+    MIL_TRY(check_room(context, args, p));
     return mil_launch(context->queue, "attention plan", plan_kernel, dim3(1), dim3(THREADS), 0, p);
 }

@@ -1,6 +1,6 @@
 /* borrow: a queue on a caller's stream, and what its ops read beside the caller's arrays: counts
  * and index arrays that follow from shapes, the caller's own index arrays made safe, LoRA
- * descriptors, v in the plain layout.
+ * descriptors, v in the plain layout, samples in arrays.
  *
  * A few hundred bytes each and bound by latency, v alone by its bytes. Arguments travel in the
  * launch, so that a captured one replays without the host. */
@@ -126,6 +126,29 @@ static __global__ void spread_kernel(const __grid_constant__ mil_borrow_v args)
     args.v[row * args.v_stride + r] = r < args.rank ? args.plain[row * args.rank + r] : 0.0f;
 }
 
+/* One thread for each column of a row, one at least: the first writes what a row has one of. */
+static __global__ void split_kernel(const __grid_constant__ mil_borrow_samples args)
+{
+    int64_t at = (int64_t)blockIdx.x * BLOCK + threadIdx.x;
+    mil_wait_for_previous();
+    mil_let_next_start();
+    int32_t n_threads = max(args.n_columns, 1);
+    int64_t row = at / n_threads;
+    int32_t column = (int32_t)(at % n_threads);
+    if (row >= args.n)
+        return;
+    const mil_sample *sample = &args.from[row];
+    if (column == 0) {
+        args.logprobs[row] = sample->logprob;
+        args.ranks[row] = sample->rank;
+    }
+    if (column >= args.n_columns)
+        return;
+    bool is_there = column < sample->n_top;
+    args.top_tokens[at] = is_there ? sample->top[column].token : -1;
+    args.top_logprobs[at] = is_there ? sample->top[column].logprob : 0.0f;
+}
+
 /* ---- launch ---- */
 
 static void *swap_stream(struct mil_queue *queue, void *stream)
@@ -207,6 +230,12 @@ static mil_status spread_v(struct mil_queue *queue, const mil_borrow_v *args)
                   (int64_t)args->n_rows * args->padded_rank, args);
 }
 
+static mil_status split_samples(struct mil_queue *queue, const mil_borrow_samples *args)
+{
+    return launch(queue, "borrow: samples", split_kernel,
+                  (int64_t)args->n * larger(args->n_columns, 1), args);
+}
+
 static mil_status plan_attention(mil_context *context, const mil_begin_args *args)
 {
     int32_t was;
@@ -215,6 +244,6 @@ static mil_status plan_attention(mil_context *context, const mil_begin_args *arg
 }
 
 extern "C" const mil_borrow mil_cuda_borrow = {
-    swap_stream,   relax_capture, restore_capture, fill,
-    write_modules, gather_v,      spread_v,        plan_attention,
+    swap_stream, relax_capture, restore_capture, fill,           write_modules,
+    gather_v,    spread_v,      split_samples,   plan_attention,
 };

@@ -11,6 +11,12 @@
 
 #define MIL_WARP 32
 
+/* a / b rounded up, a >= 0, b > 0. */
+static __host__ __device__ __forceinline__ int32_t mil_ceil_div(int32_t a, int32_t b)
+{
+    return (a + b - 1) / b;
+}
+
 /* ---- launches ---- */
 
 /* One kernel on the queue's stream. With programmatic dependent launch its first instructions may

@@ -5,6 +5,7 @@
 #include "kernels/cublas.h"
 
 #include "kernels/cublaslt.h"
+#include "kernels/device.h"
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -48,7 +49,7 @@ typedef struct library {
 
 /* What an algorithm is chosen by. */
 typedef struct lt_key {
-    int32_t N, K, rows; /* rows: a bucket, or one M that its bucket's algorithm does not take */
+    int32_t N, K, rows; /* rows: a bucket */
     int64_t ldy, ldx;
     mil_dtype y_dtype;
     bool has_bias;
@@ -60,17 +61,18 @@ typedef struct lt_entry {
     bool is_used;
     bool is_served; /* there is an algorithm */
     bool is_warm;   /* its kernel is loaded */
-    int32_t M;      /* that the layouts are for and the algorithm takes; 0: none */
+    int32_t M;      /* that the layouts are for and the algorithm takes; 0: neither is so */
     cublasLtMatmulAlgo_t algo;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t w, x, y;
 } lt_entry;
 
 struct mil_cublas {
+    mil_queue *queue; /* whose this is */
     library lib;
     cublasLtHandle_t handle;
     cublasLtMatmulPreference_t preference;
-    void *workspace[2]; /* of the stream, of the side stream */
+    mil_slab workspace; /* of all products, one after another */
     int32_t n_entries;
     lt_entry entries[N_ENTRIES];
 };
@@ -87,19 +89,65 @@ static mil_status resolve(void *to, void *handle, const char *symbol)
     return MIL_OK;
 }
 
+/* "12.4" */
+static void show_version(char *text, size_t n_bytes, int driver)
+{
+    (void)snprintf(text, n_bytes, "%d.%d", driver / 1000, driver % 1000 / 10);
+}
+
+/* A library wants a driver of its major version or newer, and says so only when it is used. */
+static mil_status check_driver(const library *lib, int driver)
+{
+    size_t version = lib->GetVersion();
+    char is_for[16];
+    show_version(is_for, sizeof is_for, driver);
+    if (version / 10000 <= (size_t)driver / 1000)
+        return MIL_OK;
+    return mil_fail(MIL_ERR_DEVICE,
+                    "cuda: %s is cublasLt %zu, the driver is for CUDA %s, expected libcublasLt.so "
+                    "of that major version or an older one",
+                    lib->path, version, is_for);
+}
+
+/* The newest that the driver can run. */
+static mil_status open_library(void **handle, int driver)
+{
+    static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12", NULL};
+    char is_for[16], reason[1024];
+    if (driver >= 13000)
+        return mil_cuda_library_open(handle, "MILPY_CUBLASLT", names);
+    mil_status status = mil_cuda_library_open(handle, "MILPY_CUBLASLT", names + 1);
+    if (status == MIL_OK)
+        return MIL_OK;
+    show_version(is_for, sizeof is_for, driver);
+    (void)snprintf(reason, sizeof reason, "%s", mil_status_message());
+    return mil_fail(status, "%s; the driver is for CUDA %s and runs no newer one", reason, is_for);
+}
+
 /* The library stays loaded until the process ends: its kernels are registered with the driver. */
 static mil_status load(library *lib)
 {
-    static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12", NULL};
     void *handle;
     Dl_info info;
-    MIL_TRY(mil_cuda_library_open(&handle, "MILPY_CUBLASLT", names));
+    int driver = 0;
+    MIL_CUDA_TRY(cudaDriverGetVersion(&driver));
+    MIL_TRY(open_library(&handle, driver));
 #define RESOLVE(name) MIL_TRY(resolve(&lib->name, handle, "cublasLt" #name));
     SYMBOLS(RESOLVE)
 #undef RESOLVE
     if (dladdr(dlsym(handle, "cublasLtCreate"), &info) != 0 && info.dli_fname != NULL)
         (void)snprintf(lib->path, sizeof lib->path, "%s", info.dli_fname);
-    return MIL_OK;
+    return check_driver(lib, driver);
+}
+
+static mil_status refused_memory(const struct mil_cublas *cublas, const char *call)
+{
+    size_t is_free = 0, total = 0;
+    (void)cudaMemGetInfo(&is_free, &total);
+    (void)cudaGetLastError();
+    return mil_fail(MIL_ERR_MEMORY, "%s: cublasLt%s was refused memory, %s of %s are free (%s)",
+                    cublas->queue->label, call, mil_memory_show(is_free).text,
+                    mil_memory_show(total).text, cublas->lib.path);
 }
 
 static mil_status answer(const struct mil_cublas *cublas, cublasStatus_t found, const char *call)
@@ -107,9 +155,10 @@ static mil_status answer(const struct mil_cublas *cublas, cublasStatus_t found, 
     if (found == CUBLAS_STATUS_SUCCESS)
         return MIL_OK;
     (void)cudaGetLastError();
-    return mil_fail(found == CUBLAS_STATUS_ALLOC_FAILED ? MIL_ERR_MEMORY : MIL_ERR_DEVICE,
-                    "cuda: cublasLt%s: %s (%s, version %lld)", call,
-                    cublas->lib.GetStatusName(found), cublas->lib.path,
+    if (found == CUBLAS_STATUS_ALLOC_FAILED)
+        return refused_memory(cublas, call);
+    return mil_fail(MIL_ERR_DEVICE, "%s: cublasLt%s: %s (%s, version %lld)", cublas->queue->label,
+                    call, cublas->lib.GetStatusName(found), cublas->lib.path,
                     (long long)mil_cublas_version(cublas));
 }
 
@@ -134,17 +183,15 @@ static mil_status fill(struct mil_cublas *cublas)
                            sizeof workspace));
     MIL_TRY(set_preference(cublas, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction,
                            sizeof reduction));
-    for (int32_t i = 0; i < 2; i++)
-        MIL_TRY(mil_cuda_status(cudaMalloc(&cublas->workspace[i], WORKSPACE_BYTES),
-                                "32 MiB of workspace for cublasLt"));
-    return MIL_OK;
+    return mil_cuda_device.alloc(cublas->queue, &cublas->workspace, WORKSPACE_BYTES,
+                                 "workspace of cublasLt");
 }
 
 mil_status mil_cublas_create(struct mil_cublas **out, mil_queue *queue)
 {
     struct mil_cublas *cublas;
-    (void)queue; /* its device is current */
     MIL_TRY(mil_alloc_checked((void **)&cublas, 1, sizeof *cublas, "cublasLt's table"));
+    cublas->queue = queue;
     mil_status status = fill(cublas);
     if (status == MIL_OK)
         *out = cublas;
@@ -180,9 +227,7 @@ void mil_cublas_free(struct mil_cublas *cublas)
         (void)cublas->lib.MatmulPreferenceDestroy(cublas->preference);
     if (cublas->handle != NULL)
         (void)cublas->lib.Destroy(cublas->handle);
-    for (int32_t i = 0; i < 2; i++)
-        (void)cudaFree(cublas->workspace[i]);
-    (void)cudaGetLastError();
+    mil_cuda_device.free(cublas->queue, &cublas->workspace);
     mil_free(cublas);
 }
 
@@ -191,18 +236,20 @@ int64_t mil_cublas_version(const struct mil_cublas *cublas)
     return (int64_t)cublas->lib.GetVersion();
 }
 
-/* ---- the table ---- */
-
-static int32_t round_up(int32_t value, int32_t multiple)
+const char *mil_cublas_path(const struct mil_cublas *cublas)
 {
-    return (value + multiple - 1) / multiple * multiple;
+    return cublas->lib.path;
 }
+
+/* ---- the table ---- */
 
 int32_t mil_cublas_bucket(int32_t M)
 {
     int32_t power = 1;
-    if (M > 16 && M <= 8192)
-        return round_up(M, M <= 128 ? 16 : M <= 512 ? 64 : M <= 2048 ? 256 : 1024);
+    if (M > 16 && M <= 8192) {
+        size_t multiple = M <= 128 ? 16 : M <= 512 ? 64 : M <= 2048 ? 256 : 1024;
+        return (int32_t)mil_round_up((size_t)M, multiple);
+    }
     while (power < M && power <= INT32_MAX / 2)
         power *= 2;
     return power < M ? INT32_MAX : power;
@@ -214,12 +261,12 @@ static int32_t alignment_of(uintptr_t bits)
     return (int32_t)(bits & (~bits + 1));
 }
 
-static lt_key key_of(const mil_cublas_product *p, int32_t rows)
+static lt_key key_of(const mil_cublas_product *p)
 {
     return (lt_key){
         .N = p->N,
         .K = p->K,
-        .rows = rows,
+        .rows = mil_cublas_bucket(p->M),
         .ldy = p->ldy,
         .ldx = p->ldx,
         .y_dtype = p->y_dtype,
@@ -316,10 +363,9 @@ static mil_status choose(struct mil_cublas *cublas, lt_entry *entry, const void 
     return MIL_OK;
 }
 
-static mil_status find(struct mil_cublas *cublas, lt_entry **out, const mil_cublas_product *p,
-                       int32_t rows)
+static mil_status find(struct mil_cublas *cublas, lt_entry **out, const mil_cublas_product *p)
 {
-    lt_key key = key_of(p, rows);
+    lt_key key = key_of(p);
     lt_entry *entry = look(cublas, &key);
     *out = entry;
     if (entry->is_used)
@@ -362,21 +408,10 @@ static bool is_aligned(const mil_cublas_product *p)
     return addresses % LEAST_ALIGNMENT == 0 && p->K % 8 == 0 && p->ldx % 8 == 0;
 }
 
-/* The entry that serves p; *out NULL where none does. */
-static mil_status serve(struct mil_cublas *cublas, lt_entry **out, const mil_cublas_product *p)
-{
-    lt_entry *entry;
-    *out = NULL;
-    MIL_TRY(find(cublas, &entry, p, mil_cublas_bucket(p->M)));
-    if (!takes(cublas, entry, p->M))
-        MIL_TRY(find(cublas, &entry, p, p->M));
-    if (takes(cublas, entry, p->M))
-        *out = entry;
-    return MIL_OK;
-}
-
-/* A refusal queues nothing, and the entry serves no longer: our own product does. */
-static mil_status queue_product(mil_queue *queue, lt_entry *entry, const mil_cublas_product *p)
+/* A refusal queues nothing. It changes no entry, so that what serves M rows does not follow from
+ * what ran before. */
+static mil_status queue_product(mil_queue *queue, lt_entry *entry, const mil_cublas_product *p,
+                                bool *is_served)
 {
     static const float one = 1, zero = 0;
     struct mil_cublas *cublas = queue->cublas;
@@ -384,20 +419,20 @@ static mil_status queue_product(mil_queue *queue, lt_entry *entry, const mil_cub
         MIL_TRY(set_bias(cublas, entry, p->bias));
     cublasStatus_t found = cublas->lib.Matmul(
         cublas->handle, entry->desc, &one, p->w, entry->w, p->x, entry->x, &zero, p->y, entry->y,
-        p->y, entry->y, &entry->algo, cublas->workspace[p->is_side], WORKSPACE_BYTES,
-        p->is_side ? queue->side : queue->stream);
-    entry->is_served = found != CUBLAS_STATUS_NOT_SUPPORTED;
-    return entry->is_served ? answer(cublas, found, "Matmul") : MIL_OK;
+        p->y, entry->y, &entry->algo, cublas->workspace.data, WORKSPACE_BYTES, queue->stream);
+    *is_served = found != CUBLAS_STATUS_NOT_SUPPORTED;
+    return *is_served ? answer(cublas, found, "Matmul") : MIL_OK;
 }
 
 /* The first time the library loads a kernel, which a capture on this thread would forbid. */
-static mil_status queue_first(mil_queue *queue, lt_entry *entry, const mil_cublas_product *p)
+static mil_status queue_first(mil_queue *queue, lt_entry *entry, const mil_cublas_product *p,
+                              bool *is_served)
 {
     enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     MIL_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode));
-    mil_status status = queue_product(queue, entry, p);
+    mil_status status = queue_product(queue, entry, p, is_served);
     (void)cudaThreadExchangeStreamCaptureMode(&mode);
-    entry->is_warm = status == MIL_OK;
+    entry->is_warm = status == MIL_OK && *is_served;
     return status;
 }
 
@@ -407,10 +442,9 @@ mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *p, bool *i
     *is_served = false;
     if (queue->cublas == NULL || p->M <= 0 || !is_aligned(p))
         return MIL_OK;
-    MIL_TRY(serve(queue->cublas, &entry, p));
-    if (entry == NULL)
+    MIL_TRY(find(queue->cublas, &entry, p));
+    if (!takes(queue->cublas, entry, p->M))
         return MIL_OK;
-    MIL_TRY(entry->is_warm ? queue_product(queue, entry, p) : queue_first(queue, entry, p));
-    *is_served = entry->is_served;
-    return MIL_OK;
+    return entry->is_warm ? queue_product(queue, entry, p, is_served)
+                          : queue_first(queue, entry, p, is_served);
 }

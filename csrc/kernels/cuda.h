@@ -26,9 +26,10 @@ typedef struct mil_queue {
     int32_t n_sms;
     int32_t shared_bytes;  /* that one block may ask for */
     size_t n_free_at_open; /* device memory, before the queue took any */
-    char device_name[64];
+    char label[288];       /* "cuda:0 (NVIDIA H200)", for messages */
     cudaStream_t stream;
-    cudaStream_t side; /* joins stream again before an op returns */
+    cudaStream_t side;   /* joins stream again before an op returns */
+    cudaStream_t copies; /* waits for no op: what comes to the device */
     cudaEvent_t fork, join;
     cudaEvent_t fences[MIL_N_FENCES];
     struct mil_cublas *cublas;

@@ -6,9 +6,11 @@
 #include "kernels/device.h"
 
 #include "kernels/cublas.h"
+#include "kernels/product.h"
 #include "kernels/tensor_map.h"
 #include "ops/chaos.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -143,13 +145,13 @@ static mil_status read_device(mil_queue *queue)
     struct cudaDeviceProp properties;
     MIL_CUDA_TRY(cudaGetDeviceProperties(&properties, queue->ordinal));
     int32_t capability = properties.major * 10 + properties.minor;
-    memcpy(queue->device_name, properties.name, sizeof queue->device_name - 1);
+    (void)snprintf(queue->label, sizeof queue->label, "cuda:%d (%s)", queue->ordinal,
+                   properties.name);
     queue->n_sms = properties.multiProcessorCount;
     queue->shared_bytes = (int32_t)properties.sharedMemPerBlockOptin;
     if (capability < OLDEST_CAPABILITY)
-        return mil_fail(MIL_ERR_DEVICE,
-                        "cuda:%d (%s): compute capability is %d.%d, expected 8.0 or newer",
-                        queue->ordinal, queue->device_name, properties.major, properties.minor);
+        return mil_fail(MIL_ERR_DEVICE, "%s: compute capability is %d.%d, expected 8.0 or newer",
+                        queue->label, properties.major, properties.minor);
     /* Makes the context where there is none: what that takes is not the queue's. */
     size_t n_total;
     MIL_CUDA_TRY(cudaMemGetInfo(&queue->n_free_at_open, &n_total));
@@ -160,6 +162,7 @@ static mil_status make_streams(mil_queue *queue)
 {
     MIL_CUDA_TRY(cudaStreamCreateWithFlags(&queue->stream, cudaStreamNonBlocking));
     MIL_CUDA_TRY(cudaStreamCreateWithFlags(&queue->side, cudaStreamNonBlocking));
+    MIL_CUDA_TRY(cudaStreamCreateWithFlags(&queue->copies, cudaStreamNonBlocking));
     MIL_CUDA_TRY(cudaEventCreateWithFlags(&queue->fork, cudaEventDisableTiming));
     MIL_CUDA_TRY(cudaEventCreateWithFlags(&queue->join, cudaEventDisableTiming));
     for (int32_t i = 0; i < MIL_N_FENCES; i++)
@@ -183,6 +186,7 @@ static void destroy_stream(cudaStream_t stream)
 
 static void destroy(mil_queue *queue)
 {
+    destroy_stream(queue->copies);
     destroy_stream(queue->side);
     destroy_stream(queue->stream);
     mil_cublas_free(queue->cublas);
@@ -198,6 +202,7 @@ static mil_status fill_queue(mil_queue *queue)
 {
     MIL_TRY(read_device(queue));
     MIL_TRY(make_streams(queue));
+    MIL_TRY(mil_cuda_product_load());
     return mil_cublas_create(&queue->cublas, queue);
 }
 
@@ -245,6 +250,7 @@ static mil_status memory(struct mil_queue *queue, mil_device_memory *memory)
     size_t is_free = 0, total = 0;
     MIL_TRY(begin_call(queue, &it));
     mil_status status = mil_cuda_status(cudaMemGetInfo(&is_free, &total), "cudaMemGetInfo");
+    memory->name = queue->label;
     memory->n_free = is_free;
     memory->n_total = total;
     memory->n_free_at_open = queue->n_free_at_open;
@@ -256,10 +262,9 @@ static mil_status no_memory(const mil_queue *queue, size_t n_bytes, const char *
     size_t is_free = 0, total = 0;
     (void)cudaGetLastError();
     (void)cudaMemGetInfo(&is_free, &total);
-    return mil_fail(MIL_ERR_MEMORY,
-                    "%s: cuda:%d (%s) refused %.3f GiB, %.3f GiB of %.3f GiB are free", what,
-                    queue->ordinal, queue->device_name, (double)n_bytes / GIB,
-                    (double)is_free / GIB, (double)total / GIB);
+    return mil_fail(MIL_ERR_MEMORY, "%s: %s refused %.3f GiB, %.3f GiB of %.3f GiB are free", what,
+                    queue->label, (double)n_bytes / GIB, (double)is_free / GIB,
+                    (double)total / GIB);
 }
 
 static mil_status take(mil_queue *queue, mil_slab *slab, size_t n_bytes, const char *what)
@@ -270,10 +275,9 @@ static mil_status take(mil_queue *queue, mil_slab *slab, size_t n_bytes, const c
     if (error == cudaErrorMemoryAllocation)
         return no_memory(queue, n_bytes, what);
     MIL_TRY(mil_cuda_status(error, what));
-    error = cudaMemsetAsync(data, 0, n_bytes, queue->stream);
-    /* Other streams read it too. */
+    error = cudaMemsetAsync(data, 0, n_bytes, queue->copies);
     if (error == cudaSuccess)
-        error = cudaStreamSynchronize(queue->stream);
+        error = cudaStreamSynchronize(queue->copies);
     if (error != cudaSuccess) {
         (void)cudaFree(data);
         return mil_cuda_status(error, what);
@@ -318,8 +322,8 @@ static mil_status alloc_host(struct mil_queue *queue, mil_slab *slab, size_t n_b
     mil_status status = MIL_OK;
     if (error == cudaErrorMemoryAllocation) {
         (void)cudaGetLastError();
-        status = mil_fail(MIL_ERR_MEMORY, "%s: cuda:%d (%s): the system refused %zu pinned bytes",
-                          what, queue->ordinal, queue->device_name, n_bytes);
+        status = mil_fail(MIL_ERR_MEMORY, "%s: %s: the system refused %zu pinned bytes", what,
+                          queue->label, n_bytes);
     } else {
         status = mil_cuda_status(error, what);
     }
@@ -351,30 +355,29 @@ static mil_status drained(const mil_queue *queue, cudaError_t error)
     if (error == cudaSuccess)
         return MIL_OK;
     (void)cudaGetLastError();
-    return mil_fail(MIL_ERR_DEVICE, "cuda:%d (%s): what was queued has failed: %s (%s)",
-                    queue->ordinal, queue->device_name, cudaGetErrorString(error),
-                    cudaGetErrorName(error));
+    return mil_fail(MIL_ERR_DEVICE, "%s: what was queued has failed: %s (%s)", queue->label,
+                    cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
 static mil_status copy(mil_queue *queue, void *to, const void *from, size_t n_bytes,
-                       enum cudaMemcpyKind kind)
+                       enum cudaMemcpyKind kind, cudaStream_t stream)
 {
     call it;
     MIL_TRY(begin_call(queue, &it));
-    cudaError_t error = cudaMemcpyAsync(to, from, n_bytes, kind, queue->stream);
+    cudaError_t error = cudaMemcpyAsync(to, from, n_bytes, kind, stream);
     if (error == cudaSuccess)
-        error = cudaStreamSynchronize(queue->stream);
+        error = cudaStreamSynchronize(stream);
     return end_call(queue, &it, drained(queue, error));
 }
 
 static mil_status copy_in(struct mil_queue *queue, void *device, const void *host, size_t n_bytes)
 {
-    return copy(queue, device, host, n_bytes, cudaMemcpyHostToDevice);
+    return copy(queue, device, host, n_bytes, cudaMemcpyHostToDevice, queue->copies);
 }
 
 static mil_status copy_out(struct mil_queue *queue, void *host, const void *device, size_t n_bytes)
 {
-    return copy(queue, host, device, n_bytes, cudaMemcpyDeviceToHost);
+    return copy(queue, host, device, n_bytes, cudaMemcpyDeviceToHost, queue->stream);
 }
 
 static mil_status send_out(struct mil_queue *queue, void *host, const void *device, size_t n_bytes)
@@ -383,9 +386,7 @@ static mil_status send_out(struct mil_queue *queue, void *host, const void *devi
     MIL_TRY(mil_cuda_enter(queue, &was));
     mil_status status = mil_chaos_delay(queue);
     if (status == MIL_OK)
-        status = mil_cuda_status(
-            cudaMemcpyAsync(host, device, n_bytes, cudaMemcpyDeviceToHost, queue->stream),
-            "sending results out");
+        status = mil_cuda_send_out(queue, host, device, n_bytes);
     return mil_cuda_leave(queue, was, status);
 }
 
@@ -396,7 +397,6 @@ static mil_status fill_16(struct mil_queue *queue, void *device, uint16_t word, 
     return mil_cuda_leave(queue, was, mil_cuda_fill_16(queue, device, word, n));
 }
 
-/* On a stream of the thread's own, which waits for no step. */
 static mil_status poison(struct mil_queue *queue, void *device, size_t n_bytes, size_t n_blocks,
                          size_t stride_bytes)
 {
@@ -404,10 +404,9 @@ static mil_status poison(struct mil_queue *queue, void *device, size_t n_bytes, 
     cudaError_t error = cudaSuccess;
     MIL_TRY(begin_call(queue, &it));
     for (size_t i = 0; i < n_blocks && error == cudaSuccess; i++)
-        error =
-            cudaMemsetAsync((char *)device + i * stride_bytes, 0xff, n_bytes, cudaStreamPerThread);
+        error = cudaMemsetAsync((char *)device + i * stride_bytes, 0xff, n_bytes, queue->copies);
     if (error == cudaSuccess)
-        error = cudaStreamSynchronize(cudaStreamPerThread);
+        error = cudaStreamSynchronize(queue->copies);
     return end_call(queue, &it, drained(queue, error));
 }
 

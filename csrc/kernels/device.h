@@ -2,16 +2,13 @@
 #pragma once
 
 #include "kernels/cuda.h"
+#include "ops/find.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 extern const mil_device mil_cuda_device;
-
-/* Devices that a driver of this build's CUDA can use, at least one. MIL_ERR_DEVICE says what is
- * missing: a driver, a newer one, a device. */
-mil_status mil_cuda_count(int32_t *n_devices) MIL_WARN_UNUSED;
 
 /* A thread's current device is its own affair: queue's is made current, and what was is put back.
  */
@@ -26,6 +23,8 @@ mil_status mil_cuda_pack_dummy(struct mil_queue *queue, mil_weight *weight, int3
                                int32_t row, int32_t n_rows, uint64_t stream, uint64_t begin,
                                int64_t stride);
 
+/* n_bytes of device memory to pinned host memory, both 4-byte aligned, on the queue's stream. */
+mil_status mil_cuda_send_out(mil_queue *queue, void *host, const void *device, size_t n_bytes);
 /* n 16-bit words of device memory, 2-byte aligned, on the queue's stream. */
 mil_status mil_cuda_fill_16(mil_queue *queue, void *device, uint16_t word, size_t n);
 /* The architecture that the kernels now loaded were written for, as PTX counts: 80, 90. */

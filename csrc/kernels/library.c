@@ -35,9 +35,25 @@ void mil_cuda_add_library_dir(const char *dir)
 
 /* Sized so that a message (1,023 bytes) holds both. */
 typedef struct mil_search {
-    char tried[600];  /* directories */
-    char reason[300]; /* why a file that is there did not load */
+    char tried[500];   /* directories */
+    char reasons[420]; /* why files that are there did not load */
 } mil_search;
+
+/* dlopen; notes why a file that is there did not load. */
+static void *try_file(mil_search *search, const char *path)
+{
+    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    const char *reason = handle == NULL ? dlerror() : NULL;
+    size_t used = strlen(search->reasons);
+    if (reason == NULL)
+        return handle;
+    /* Of a bare name that is nowhere the loader says no more than that. */
+    size_t n = strlen(path);
+    bool is_absent = strchr(path, '/') == NULL && strncmp(reason, path, n) == 0 && reason[n] == ':';
+    if (!is_absent)
+        (void)snprintf(search->reasons + used, sizeof search->reasons - used, "; %s", reason);
+    return NULL;
+}
 
 static void *try_dir(mil_search *search, const char *dir, const char *below, const char *name,
                      bool is_first)
@@ -49,16 +65,13 @@ static void *try_dir(mil_search *search, const char *dir, const char *below, con
     (void)snprintf(path, sizeof path, "%s%s/%s", dir, below, name);
     if (access(path, F_OK) != 0)
         return NULL;
-    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (handle == NULL)
-        (void)snprintf(search->reason, sizeof search->reason, "; %s", dlerror());
-    return handle;
+    return try_file(search, path);
 }
 
 static void *try_name(mil_search *search, const char *name, bool is_first)
 {
     const char *home = getenv("CUDA_HOME");
-    void *handle = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    void *handle = try_file(search, name);
     if (handle == NULL && home != NULL && home[0] != '\0')
         handle = try_dir(search, home, "/lib64", name, is_first);
     if (handle == NULL)
@@ -88,8 +101,9 @@ mil_status mil_cuda_library_open(void **out, const char *variable, const char *c
         handle = try_name(&search, names[i], i == 0);
     (void)pthread_mutex_unlock(&added.lock);
     *out = handle;
-    return handle != NULL ? MIL_OK
-                          : mil_fail(MIL_ERR_DEVICE, "cuda: found no %s%s%s; tried %s%s", names[0],
-                                     names[1] != NULL ? " or " : "",
-                                     names[1] != NULL ? names[1] : "", search.tried, search.reason);
+    return handle != NULL
+               ? MIL_OK
+               : mil_fail(MIL_ERR_DEVICE, "cuda: found no %s%s%s; tried %s%s", names[0],
+                          names[1] != NULL ? " or " : "", names[1] != NULL ? names[1] : "",
+                          search.tried, search.reasons);
 }

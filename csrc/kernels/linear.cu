@@ -5,8 +5,8 @@
  * cuBLASLt, by its fixed table, accumulates in fp32, adds the bias in fp32 and rounds once. It
  * wants a bias of y's type, so for bf16 y the bias is rounded to bf16 first: exact for a
  * checkpoint's bf16 bias, and the plain bf16 formula for others. Our own product (product.h) serves
- * contexts that are deterministic, shapes and alignments that the library does not take, and keeps
- * the bias in fp32. */
+ * contexts that are deterministic, shapes, alignments and numbers of rows that the library does not
+ * take, and keeps the bias in fp32. */
 #include "kernels/cublas.h"
 #include "kernels/product.h"
 
@@ -28,20 +28,12 @@ static size_t rounded_bias_bytes(int32_t N)
     return mil_round_up((size_t)N * sizeof(uint16_t), 256);
 }
 
-static size_t larger(size_t a, size_t b)
-{
-    return a > b ? a : b;
-}
-
 /* A product needs its splits' sums or its rounded bias, never both. */
 extern "C" size_t mil_cuda_linear_workspace(const mil_maxima *maxima)
 {
-    size_t bytes = mil_round_up(mil_cuda_product_workspace(), 256);
-    bytes = larger(
-        bytes, rounded_bias_bytes((maxima->n_heads + 2 * maxima->n_kv_heads) * maxima->head_dim));
-    bytes = larger(bytes, rounded_bias_bytes(2 * maxima->ffn));
-    bytes = larger(bytes, rounded_bias_bytes(maxima->hidden));
-    return larger(bytes, rounded_bias_bytes(maxima->vocab));
+    int32_t qkv = (maxima->n_heads + 2 * maxima->n_kv_heads) * maxima->head_dim;
+    int32_t N = max(max(qkv, 2 * maxima->ffn), max(maxima->hidden, maxima->vocab));
+    return max(mil_round_up(mil_cuda_product_workspace(), 256), rounded_bias_bytes(N));
 }
 
 static mil_status through_cublas(mil_context *context, const mil_linear_args *args, bool *is_served)
@@ -63,7 +55,7 @@ static mil_status through_cublas(mil_context *context, const mil_linear_args *ar
         if (context->workspace_bytes < rounded_bias_bytes(weight->N))
             return MIL_OK;
         MIL_TRY(mil_launch(context->queue, "bias of a product", round_bias_kernel,
-                           dim3((weight->N + BLOCK - 1) / BLOCK), dim3(BLOCK), 0,
+                           dim3(mil_ceil_div(weight->N, BLOCK)), dim3(BLOCK), 0,
                            (uint16_t *)context->workspace, weight->bias, weight->N));
         product.bias = context->workspace;
     }

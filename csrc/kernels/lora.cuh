@@ -32,7 +32,7 @@ static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_bat
         bool is_there = segment < n_segments;
         int32_t first = is_there ? batch.segment_indptr[segment] : 0;
         int32_t end = is_there ? batch.segment_indptr[segment + 1] : 0;
-        int32_t n_tiles = (end - first + tile_rows - 1) / tile_rows;
+        int32_t n_tiles = mil_ceil_div(end - first, tile_rows);
         int32_t sum = n_tiles;
 #pragma unroll
         for (int offset = 1; offset < MIL_WARP; offset *= 2) {
@@ -53,19 +53,23 @@ static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_bat
     return {0, 0, 0};
 }
 
-/* Most tiles that a launch of these buckets can meet: every segment may leave one tile part full.
- */
-static inline uint32_t mil_lora_max_tiles(const mil_batch *batch, int32_t n_slots,
-                                          int32_t tile_rows)
+/* Rows with an adapter that a launch can meet. */
+static inline int32_t mil_lora_max_rows(const mil_batch *batch)
 {
-    int32_t n_tokens = batch->header->bucket_tokens;
-    int32_t n_segments = n_tokens < n_slots ? n_tokens : n_slots;
-    return (uint32_t)(n_tokens / tile_rows + n_segments);
+    return min(batch->header->bucket_lora_rows, batch->header->bucket_tokens);
+}
+
+/* Tiles that a launch can meet: every segment may leave one with a single row. Rows and segments of
+ * the bucket, not slots of the table: adapters that are resident and not in the batch cost nothing.
+ */
+static inline uint32_t mil_lora_max_tiles(const mil_batch *batch, int32_t tile_rows)
+{
+    int32_t n_rows = mil_lora_max_rows(batch);
+    int64_t n_segments = min(n_rows, batch->header->bucket_segments);
+    return (uint32_t)((n_rows + n_segments * (tile_rows - 1)) / tile_rows);
 }
 
 static __host__ __device__ __forceinline__ int32_t mil_lora_splits(int32_t in, int32_t padded_rank)
 {
-    int32_t wanted = (in + MIL_LORA_SPLIT_K - 1) / MIL_LORA_SPLIT_K;
-    int32_t most = MIL_LORA_V_PART / padded_rank;
-    return wanted < most ? wanted : most;
+    return min(mil_ceil_div(in, MIL_LORA_SPLIT_K), MIL_LORA_V_PART / padded_rank);
 }

@@ -151,16 +151,19 @@ static __device__ __forceinline__ void add_to_y(const expand_params &p, int32_t 
     }
 }
 
-/* Grid: (blocks of columns over all parts, tiles). */
+/* Grid, flat because tiles alone may pass what y and z take: blocks of columns over all parts, then
+ * tiles, so that tiles that are not there come last. */
 static __global__ void __launch_bounds__(THREADS) expand_kernel(expand_params p)
 {
     extern __shared__ __align__(16) unsigned char shared[];
     fragments &f = *(fragments *)shared;
     int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
-    int32_t block = (int32_t)blockIdx.x, part = 0;
+    uint32_t n_blocks = (uint32_t)p.first_block[p.n_parts];
+    int32_t block = (int32_t)(blockIdx.x % n_blocks), part = 0;
     mil_let_next_start();
     mil_wait_for_previous();
-    mil_lora_tile tile = mil_lora_tile_find(p.batch, (int32_t)blockIdx.y, MIL_LORA_TILE_ROWS);
+    mil_lora_tile tile =
+        mil_lora_tile_find(p.batch, (int32_t)(blockIdx.x / n_blocks), MIL_LORA_TILE_ROWS);
     if (tile.n_rows == 0)
         return;
     while (part + 1 < p.n_parts && block >= p.first_block[part + 1])
@@ -206,8 +209,8 @@ static bool is_vector(const mil_lora_expand_args *args)
 extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_expand_args *args)
 {
     const mil_lora_args *lora = &args->lora;
-    int32_t n_tokens = lora->batch->header->bucket_tokens;
-    if (n_tokens == 0 || lora->batch->header->bucket_segments == 0)
+    int32_t n_rows = mil_lora_max_rows(lora->batch);
+    if (n_rows == 0 || lora->batch->header->bucket_segments == 0)
         return MIL_OK;
     if (lora->v_part_stride != MIL_LORA_V_PART)
         return mil_fail(MIL_ERR_INTERNAL, "lora_expand: v_part_stride is %lld, expected %d",
@@ -220,7 +223,7 @@ extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_
     p.v_stride = lora->v_stride;
     p.y = (uint16_t *)args->y;
     p.ldy = args->ldy;
-    p.n_tokens = n_tokens;
+    p.n_tokens = lora->batch->header->bucket_tokens;
     p.n_parts = lora->n_parts;
     p.interleave = args->weight->interleave;
     p.is_vector = is_vector(args);
@@ -228,10 +231,14 @@ extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_
         p.projections[part] = lora->projections[part];
         p.part_rows[part] = args->weight->part_rows[part];
         p.first_block[part + 1] =
-            p.first_block[part] + (p.part_rows[part] + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+            p.first_block[part] + mil_ceil_div(p.part_rows[part], BLOCK_COLUMNS);
     }
-    dim3 grid((uint32_t)p.first_block[lora->n_parts],
-              mil_lora_max_tiles(lora->batch, lora->table->n_slots, MIL_LORA_TILE_ROWS));
-    return mil_launch(context->queue, "lora_expand", expand_kernel, grid, dim3(THREADS),
-                      sizeof(fragments), p);
+    uint32_t n_tiles = mil_lora_max_tiles(lora->batch, MIL_LORA_TILE_ROWS);
+    int64_t n_blocks = (int64_t)p.first_block[lora->n_parts] * n_tiles;
+    if (n_blocks > INT32_MAX)
+        return mil_fail(MIL_ERR_UNSUPPORTED,
+                        "lora_expand: %d rows by %d columns, more than one launch", n_rows,
+                        args->weight->N);
+    return mil_launch(context->queue, "lora_expand", expand_kernel, dim3((uint32_t)n_blocks),
+                      dim3(THREADS), sizeof(fragments), p);
 }

@@ -17,7 +17,7 @@
 #define BLOCK_K 32    /* K of one 16-byte load of each lane of a quad: two k16 steps */
 #define RANK_TILE 16  /* two n8 tiles */
 #define AT_ONCE 4     /* K blocks in flight */
-#define MANY_ROWS 512 /* bucket_tokens from which blocks take 64 rows and all of K */
+#define MANY_ROWS 512 /* with an adapter, from which blocks take 64 rows and all of K */
 
 struct shrink_params {
     mil_batch batch;
@@ -133,7 +133,7 @@ static __global__ void __launch_bounds__(THREADS) shrink_kernel(shrink_params p)
     if (split >= n_splits)
         return;
     const int32_t unit = QUARTERS * BLOCK_K;
-    int32_t split_k = ((in + n_splits - 1) / n_splits + unit - 1) / unit * unit;
+    int32_t split_k = mil_ceil_div(mil_ceil_div(in, n_splits), unit) * unit;
     int32_t quarter_k = split_k / QUARTERS;
     bool is_aligned = in % 8 == 0 && p.ldx % 8 == 0;
     const uint16_t *x[2];
@@ -186,8 +186,8 @@ static __global__ void __launch_bounds__(THREADS) shrink_kernel(shrink_params p)
 extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_shrink_args *args)
 {
     const mil_lora_args *lora = &args->lora;
-    int32_t n_tokens = lora->batch->header->bucket_tokens;
-    if (n_tokens == 0 || lora->batch->header->bucket_segments == 0)
+    int32_t n_rows = mil_lora_max_rows(lora->batch);
+    if (n_rows == 0 || lora->batch->header->bucket_segments == 0)
         return MIL_OK;
     if (lora->v_part_stride != MIL_LORA_V_PART)
         return mil_fail(MIL_ERR_INTERNAL, "lora_shrink: v_part_stride is %lld, expected %d",
@@ -202,12 +202,12 @@ extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_
     p.v_stride = lora->v_stride;
     p.x = args->x;
     p.ldx = args->ldx;
-    p.n_tokens = n_tokens;
-    bool has_many = n_tokens >= MANY_ROWS;
+    p.n_tokens = lora->batch->header->bucket_tokens;
+    bool has_many = n_rows >= MANY_ROWS;
     int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
     /* A row of x is at least as long as any A's. */
-    dim3 grid(mil_lora_max_tiles(lora->batch, lora->table->n_slots, tile_rows),
-              (uint32_t)lora->n_parts, (uint32_t)mil_lora_splits((int32_t)args->ldx, 1));
+    dim3 grid(mil_lora_max_tiles(lora->batch, tile_rows), (uint32_t)lora->n_parts,
+              (uint32_t)mil_lora_splits((int32_t)args->ldx, 1));
     return mil_launch(context->queue, "lora_shrink",
                       has_many ? shrink_kernel<true> : shrink_kernel<false>, grid, dim3(THREADS), 0,
                       p);

@@ -269,7 +269,7 @@ static __global__ void combine_kernel(const product p)
 static __device__ __forceinline__ void many_tiles(const product &p, int64_t id, int *w_tile,
                                                   int *x_tile)
 {
-    int n_w = (p.N + MANY_TILE - 1) / MANY_TILE, n_x = (p.M + MANY_TILE - 1) / MANY_TILE;
+    int n_w = mil_ceil_div(p.N, MANY_TILE), n_x = mil_ceil_div(p.M, MANY_TILE);
     int group = (int)(id / ((int64_t)MANY_GROUP * n_w));
     int rest = (int)(id - (int64_t)group * MANY_GROUP * n_w);
     int size = min(MANY_GROUP, n_x - group * MANY_GROUP);
@@ -377,15 +377,10 @@ static __global__ void __launch_bounds__(MANY_THREADS) many_rows_kernel(const pr
 
 /* ---- launch ---- */
 
-static int32_t ceil_div(int32_t a, int32_t b)
-{
-    return (a + b - 1) / b;
-}
-
 int32_t mil_cuda_product_splits(int32_t N, int32_t K)
 {
-    int32_t wanted = WANTED_BLOCKS / ceil_div(N, MIN_TILE);
-    int32_t most = ceil_div(K, STEP) / MIN_SPLIT_STEPS;
+    int32_t wanted = WANTED_BLOCKS / mil_ceil_div(N, MIN_TILE);
+    int32_t most = mil_ceil_div(K, STEP) / MIN_SPLIT_STEPS;
     wanted = wanted < most ? wanted : most;
     wanted = wanted < MAX_SPLITS ? wanted : MAX_SPLITS;
     return wanted > 1 ? wanted : 1;
@@ -409,13 +404,13 @@ template <int tile, int rows, int n_stages>
 static mil_status few_rows(const mil_queue *queue, const product &p)
 {
     constexpr size_t n_bytes = (size_t)n_stages * (tile + rows) * STEP * sizeof(uint16_t);
-    dim3 grid(ceil_div(p.N, tile), p.n_splits);
+    dim3 grid(mil_ceil_div(p.N, tile), p.n_splits);
     MIL_TRY(allow_shared(few_rows_kernel<tile, rows, n_stages>, n_bytes));
     MIL_TRY(mil_launch(queue, "product of few rows", few_rows_kernel<tile, rows, n_stages>, grid,
                        dim3(FEW_THREADS), n_bytes, p));
     if (p.n_splits == 1)
         return MIL_OK;
-    return mil_launch(queue, "product's splits", combine_kernel, dim3(ceil_div(p.N, 256), p.M),
+    return mil_launch(queue, "product's splits", combine_kernel, dim3(mil_ceil_div(p.N, 256), p.M),
                       dim3(256), 0, p);
 }
 
@@ -449,7 +444,7 @@ static mil_status many_rows(const mil_queue *queue, const product &p)
 {
     constexpr size_t n_bytes = (size_t)MANY_STAGES * 2 * MANY_TILE * STEP * sizeof(uint16_t);
     static_assert(n_bytes >= (size_t)MANY_TILE * TURNED_STRIDE * sizeof(float), "the turned tile");
-    int64_t n_blocks = (int64_t)ceil_div(p.M, MANY_TILE) * ceil_div(p.N, MANY_TILE);
+    int64_t n_blocks = (int64_t)mil_ceil_div(p.M, MANY_TILE) * mil_ceil_div(p.N, MANY_TILE);
     if (n_blocks > INT32_MAX)
         return mil_fail(MIL_ERR_UNSUPPORTED, "linear: %d rows by %d columns, more than one launch",
                         p.M, p.N);
@@ -461,6 +456,24 @@ static mil_status many_rows(const mil_queue *queue, const product &p)
 static bool is_aligned(const void *address)
 {
     return (uintptr_t)address % 16 == 0;
+}
+
+/* A kernel is loaded when the runtime is first asked about it. */
+template <typename Kernel>
+static mil_status load(Kernel kernel)
+{
+    cudaFuncAttributes unused;
+    return mil_cuda_status(cudaFuncGetAttributes(&unused, kernel), "product: loading a kernel");
+}
+
+extern "C" mil_status mil_cuda_product_load(void)
+{
+    MIL_TRY(load(few_rows_kernel<64, 16, 5>));
+    MIL_TRY(load(few_rows_kernel<64, 32, 4>));
+    MIL_TRY(load(few_rows_kernel<128, 64, 4>));
+    MIL_TRY(load(combine_kernel));
+    MIL_TRY(load(many_rows_kernel<true>));
+    return load(many_rows_kernel<false>);
 }
 
 extern "C" mil_status mil_cuda_product(mil_context *context, const mil_linear_args *args)
@@ -477,7 +490,7 @@ extern "C" mil_status mil_cuda_product(mil_context *context, const mil_linear_ar
     p.M = args->M;
     p.N = weight->N;
     p.K = weight->K;
-    p.n_steps = ceil_div(p.K, STEP);
+    p.n_steps = mil_ceil_div(p.K, STEP);
     p.n_splits = mil_cuda_product_splits(p.N, p.K);
     p.is_f32 = args->y_dtype == MIL_DTYPE_F32;
     p.y_is_aligned = is_aligned(p.y) && p.ldy % 8 == 0;

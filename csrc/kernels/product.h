@@ -16,6 +16,10 @@ int32_t mil_cuda_product_splits(int32_t N, int32_t K);
  * same bits. */
 size_t mil_cuda_product_workspace(void);
 
+/* Load its kernels on the device that is current: a step whose rows cuBLASLt refuses may be the
+ * first to need one, and steps load nothing. */
+mil_status mil_cuda_product_load(void) MIL_WARN_UNUSED;
+
 /* Weights in MIL_WEIGHT_BF16_ROWS. Quick where K and ldx are multiples of 8 and x lies on 16 bytes;
  * right and slow elsewhere. */
 mil_status mil_cuda_product(mil_context *, const mil_linear_args *) MIL_WARN_UNUSED;

@@ -15,8 +15,8 @@ mil_status mil_cuda_tensor_map_find(mil_queue *queue)
 #endif
     if (found != cudaDriverEntryPointSuccess || entry == NULL)
         return mil_fail(MIL_ERR_DEVICE,
-                        "cuda:%d (%s): the driver has no %s, expected that of CUDA 12.0 or newer",
-                        queue->ordinal, queue->device_name, name);
+                        "%s: the driver has no %s, expected that of CUDA 12.0 or newer",
+                        queue->label, name);
     queue->encode_tiled = entry;
     return MIL_OK;
 }
@@ -36,8 +36,8 @@ mil_status mil_cuda_tensor_map(CUtensorMap *out, const mil_queue *queue, const v
                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
         return mil_fail(MIL_ERR_DEVICE,
-                        "cuda:%d: a tensor map of %llu rows of %d %s at %p was refused (%d)",
-                        queue->ordinal, (unsigned long long)rows, columns, mil_dtype_name(dtype),
+                        "%s: a tensor map of %llu rows of %d %s at %p was refused (%d)",
+                        queue->label, (unsigned long long)rows, columns, mil_dtype_name(dtype),
                         base, (int)result);
     return MIL_OK;
 }

@@ -2,22 +2,25 @@
 
 #include <string.h>
 
-#define LARGEST 512
-
+/* From 64 on eight sizes to a doubling, so that padding is a ninth of a step at most; four where
+ * there would be too many to capture. */
 static int32_t next_size(int32_t size)
 {
-    if (size < 8)
+    int32_t power = 8;
+    if (size < power)
         return 2 * size;
-    return size + (size < 128 ? 8 : size < 256 ? 16 : 32);
+    while (power <= size / 2)
+        power *= 2;
+    int32_t step = power / (power < 2048 ? 8 : 4);
+    return size + (step > 8 ? step : 8);
 }
 
 void mil_graphs_init(mil_graphs *graphs, int32_t max_seqs)
 {
     memset(graphs, 0, sizeof *graphs);
-    int32_t most = max_seqs < LARGEST ? max_seqs : LARGEST;
-    for (int32_t size = 1; size < most; size = next_size(size))
+    for (int32_t size = 1; size < max_seqs; size = next_size(size))
         graphs->sizes[graphs->n_buckets++] = size;
-    graphs->sizes[graphs->n_buckets++] = most;
+    graphs->sizes[graphs->n_buckets++] = max_seqs;
 }
 
 void mil_graphs_deinit(mil_graphs *graphs, const mil_device *device, struct mil_queue *queue)

@@ -70,8 +70,8 @@ static mil_status check_share(const mil_model *model, int32_t rank, size_t n_byt
                     "model: weights need %s, gpu_memory_utilization %g of the %s of %s leaves %s "
                     "of the %s free: %s too few",
                     mil_memory_show(n_bytes).text, share, mil_memory_show(memory.n_total).text,
-                    model->backend->device->name, mil_memory_show(left).text,
-                    mil_memory_show(memory.n_free).text, mil_memory_show(n_bytes - left).text);
+                    memory.name, mil_memory_show(left).text, mil_memory_show(memory.n_free).text,
+                    mil_memory_show(n_bytes - left).text);
 }
 
 /* Ranks share the host's memory; a device's is its rank's alone. */
@@ -163,6 +163,7 @@ static mil_status find_backend(mil_model *model, const char *device)
     if (device == NULL || strcmp(device, "auto") == 0) {
         if (mil_backend_find(&model->backend, "cuda") == MIL_OK)
             return MIL_OK;
+        (void)snprintf(model->no_cuda, sizeof model->no_cuda, "%s", mil_status_message());
         return mil_backend_find(&model->backend, "cpu");
     }
     int n_fields = sscanf(device, "%15[a-z]%n:%d%n", name, &n_read, &model->ordinal, &n_read);
@@ -294,6 +295,7 @@ void mil_model_report_get(const mil_model *model, mil_model_report *report)
         .n_threads = model->n_threads,
         .device = model->backend->device->name,
         .isa = model->isa,
+        .no_cuda = model->no_cuda,
     };
     for (int32_t rank = 0; rank < model->world; rank++)
         report->weight_bytes += model->ranks[rank].slab.n_bytes;
@@ -314,7 +316,6 @@ mil_status mil_model_memory_get(const mil_model *model, mil_model_memory *memory
     mil_model_report report;
     mil_model_report_get(model, &report);
     *memory = (mil_model_memory){
-        .device = device->name,
         .is_device = !device->is_host,
         .weight_bytes = report.weight_bytes,
         .adapter_bytes = report.adapter_bytes,
@@ -323,6 +324,7 @@ mil_status mil_model_memory_get(const mil_model *model, mil_model_memory *memory
     for (int32_t rank = 0; rank < n_memories; rank++) {
         mil_device_memory one;
         MIL_TRY(device->memory(model->ranks[rank].queue, &one));
+        memory->device = rank == 0 ? one.name : memory->device;
         memory->n_free += one.n_free;
         memory->n_total += one.n_total;
     }

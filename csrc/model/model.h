@@ -24,6 +24,7 @@ struct mil_model {
     const mil_backend *backend;
     int32_t ordinal; /* of rank 0's device */
     const char *isa;
+    char no_cuda[1024]; /* as mil_model_report has it */
     int32_t world;
     int32_t n_threads; /* over all ranks */
     mil_rank *ranks;   /* [world] */

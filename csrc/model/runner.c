@@ -6,9 +6,11 @@
 #include "model/runner.h"
 
 #include "base/machine.h"
+#include "base/threads.h"
 #include "model/warmup.h"
 #include "ops/chaos.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -33,6 +35,7 @@ struct mil_runner {
     int32_t n_positions;    /* rows of the rope tables that are ready for this runner */
     uint64_t n_free_before; /* on the model's devices, when this runner began */
     size_t graph_bytes;     /* as mil_runner_memory has it */
+    uint64_t capture_ns;    /* of all captures so far */
     bool is_warm;           /* every kernel of a step has run once */
     bool has_plan;          /* given out and not submitted */
     bool is_checked;
@@ -166,10 +169,15 @@ void mil_runner_free(mil_runner *runner)
 {
     if (runner == NULL)
         return;
-    const mil_model *model = runner->model;
-    /* What is in flight reads what goes now; that it failed was said where it was waited for. */
-    mil_status status = model->backend->device->synchronize(model->ranks[0].queue);
-    (void)status;
+    mil_model *model = runner->model;
+    /* What is in flight reads what goes now; that it failed was said where it was waited for. With
+     * nothing in flight the queue is left alone: another driver may be capturing on it. */
+    if (runner->is_dead || runner->n_retired != runner->n_submitted) {
+        pthread_mutex_lock(&model->step_lock);
+        mil_status status = model->backend->device->synchronize(model->ranks[0].queue);
+        (void)status;
+        pthread_mutex_unlock(&model->step_lock);
+    }
     for (int32_t rank = 0; runner->states != NULL && rank < model->world; rank++)
         mil_state_deinit(&runner->states[rank]);
     model->backend->device->free_host(model->ranks[0].queue, &runner->ring_slab);
@@ -261,12 +269,15 @@ static mil_status prepare_steps(mil_runner *runner)
     if (!runner->is_warm)
         status = mil_warmup_kernels(&runner->step);
     runner->is_warm = status == MIL_OK;
+    uint64_t begin = mil_clock_ns();
     if (status == MIL_OK)
         status = mil_warmup_graphs(&runner->step, runner->options.has_graphs);
     /* Graphs are on their way to the device, and what they take of it is to be measured. */
     if (status == MIL_OK)
         status = model->backend->device->synchronize(model->ranks[0].queue);
+    runner->capture_ns += runner->options.has_graphs ? mil_clock_ns() - begin : 0;
     pthread_mutex_unlock(&model->step_lock);
+    runner->is_dead = status != MIL_OK;
     return status;
 }
 
@@ -287,6 +298,11 @@ void mil_runner_memory_get(const mil_runner *runner, mil_runner_memory *memory)
         add_slab(&memory->workspace_bytes, &memory->untouched_bytes, &state->slab, is_host);
         add_slab(&memory->kv_bytes, &memory->untouched_bytes, &state->kv_slab, is_host);
     }
+}
+
+uint64_t mil_runner_capture_ns(const mil_runner *runner)
+{
+    return runner->capture_ns;
 }
 
 /* What the devices have less than before this runner, and that is not in its slabs. */
@@ -419,6 +435,7 @@ static void choose_buckets(mil_runner *runner)
     header->bucket_segments = has_bucket && header->n_segments > 0
                                   ? runner->options.limits.max_adapter_slots
                                   : header->n_segments;
+    header->bucket_lora_rows = has_bucket ? size : header->n_lora_rows;
 }
 
 static mil_status submit(mil_runner *runner)
@@ -465,6 +482,16 @@ mil_status mil_runner_submit(mil_runner *runner)
     return submit_with(runner, NULL);
 }
 
+/* A device's fault shows only here, where its step is waited for. */
+static mil_status name_step(uint64_t step, mil_status status)
+{
+    char what[512];
+    if (status == MIL_OK)
+        return MIL_OK;
+    (void)snprintf(what, sizeof what, "%s", mil_status_message());
+    return mil_fail(status, "step %llu: %s", (unsigned long long)step, what);
+}
+
 mil_status mil_runner_wait(mil_runner *runner, const mil_sample **samples)
 {
     if (runner->n_retired == runner->n_submitted)
@@ -478,7 +505,7 @@ mil_status mil_runner_wait(mil_runner *runner, const mil_sample **samples)
     mil_chaos_sleep();
     runner->is_dead = runner->is_dead || status != MIL_OK;
     *samples = runner->ring[index].samples;
-    return status;
+    return name_step(runner->n_retired, status);
 }
 
 mil_status mil_runner_step(mil_runner *runner, mil_sample *samples, float *logits)

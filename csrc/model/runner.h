@@ -51,6 +51,9 @@ typedef struct mil_runner_memory {
 
 void mil_runner_memory_get(const mil_runner *runner, mil_runner_memory *memory);
 
+/* What capturing decode steps took so far, all buckets: when it was created, and with its pages. */
+uint64_t mil_runner_capture_ns(const mil_runner *runner);
+
 /* KV bytes of one page over all ranks; workspace and activations of a runner of these limits. */
 size_t mil_runner_page_bytes(const mil_model *model, int32_t page_size);
 size_t mil_runner_workspace_bytes(const mil_model *model, const mil_plan_limits *limits,
@@ -82,7 +85,7 @@ void mil_runner_poison_page(mil_runner *runner, int32_t page);
 const mil_config *mil_model_config(const mil_model *model);
 /* Memory where the model lies and its KV pages will, over all ranks. */
 typedef struct mil_model_memory {
-    const char *device; /* its name, "cpu", "cuda" */
+    const char *device; /* "cpu", "cuda:0 (NVIDIA H200)": the first rank's */
     bool is_device;     /* not the host's */
     uint64_t n_free;
     uint64_t n_total;

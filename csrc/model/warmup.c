@@ -20,6 +20,7 @@ static mil_batch empty_batch(mil_rank_step *all, buckets of)
     header->bucket_chunks = of.has_chunks ? header->bucket_seqs : 0;
     header->bucket_logit_rows = of.n_logit_rows;
     header->bucket_segments = of.has_lora ? all->limits->max_adapter_slots : 0;
+    header->bucket_lora_rows = of.n_tokens;
     return mil_rank_batch(all, 0);
 }
 

@@ -204,12 +204,15 @@ typedef struct mil_maxima {
 } mil_maxima;
 
 typedef struct mil_device_memory {
+    const char *name;         /* of the very device, for messages; the queue's or constant */
     uint64_t n_free, n_total; /* now, whoever uses the rest */
     uint64_t n_free_at_open;  /* before the queue took anything; on the host n_free */
 } mil_device_memory;
 
-/* One device's calls. Copies and fills are ordered with the ops of their queue; poison is not. A
- * message names the device, what was asked for, and what there is. */
+/* One device's calls. What leaves the device and fills are ordered with the ops of their queue.
+ * What comes to it is done when the call returns and waits for no op: memory is zeroed, copied to
+ * and poisoned beside the steps that run and the captures that are made. A message names the
+ * device, what was asked for, and what there is. */
 typedef struct mil_device {
     const char *name; /* "cpu", "cuda" */
     /* Device memory is host memory, and a step has ended when its last op returns. */
@@ -229,10 +232,11 @@ typedef struct mil_device {
                              const char *what);
     void (*free_host)(struct mil_queue *queue, mil_slab *slab);
 
-    /* Both return when the copy is done. */
+    /* Both return when the copy is done. No op that was queued before copy_in may use its target.
+     */
     mil_status (*copy_in)(struct mil_queue *queue, void *device, const void *host, size_t n_bytes);
     mil_status (*copy_out)(struct mil_queue *queue, void *host, const void *device, size_t n_bytes);
-    /* Returns at once; host is alloc_host's and stays valid. */
+    /* Returns at once; host is alloc_host's and stays valid. Whole 4-byte words. */
     mil_status (*send_out)(struct mil_queue *queue, void *host, const void *device, size_t n_bytes);
     /* n 16-bit words of device memory. */
     mil_status (*fill_16)(struct mil_queue *queue, void *device, uint16_t word, size_t n);

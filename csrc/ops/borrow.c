@@ -62,6 +62,22 @@ static mil_status spread_v(struct mil_queue *queue, const mil_borrow_v *args)
     return MIL_OK;
 }
 
+static mil_status split_samples(struct mil_queue *queue, const mil_borrow_samples *args)
+{
+    (void)queue;
+    for (int64_t i = 0; i < args->n; i++) {
+        const mil_sample *sample = &args->from[i];
+        args->logprobs[i] = sample->logprob;
+        args->ranks[i] = sample->rank;
+        for (int32_t b = 0; b < args->n_columns; b++) {
+            bool is_there = b < sample->n_top;
+            args->top_tokens[i * args->n_columns + b] = is_there ? sample->top[b].token : -1;
+            args->top_logprobs[i * args->n_columns + b] = is_there ? sample->top[b].logprob : 0.0f;
+        }
+    }
+    return MIL_OK;
+}
+
 /* Attention reads the batch itself. */
 static mil_status plan_attention(mil_context *context, const mil_begin_args *args)
 {
@@ -76,5 +92,6 @@ const mil_borrow mil_host_borrow = {
     .write_modules = write_modules,
     .gather_v = gather_v,
     .spread_v = spread_v,
+    .split_samples = split_samples,
     .plan_attention = plan_attention,
 };

@@ -65,6 +65,17 @@ typedef struct mil_borrow_v {
     const mil_lora_module *modules;
 } mil_borrow_v;
 
+/* What samples tell beside the token, in arrays. A row of the last two is the sample's top, cut to
+ * n_columns or filled up with -1 and 0. */
+typedef struct mil_borrow_samples {
+    const mil_sample *from; /* [n] */
+    float *logprobs;        /* [n] */
+    int32_t *ranks;         /* [n] */
+    int32_t *top_tokens;    /* [n, n_columns] */
+    float *top_logprobs;    /* [n, n_columns] */
+    int32_t n, n_columns;
+} mil_borrow_samples;
+
 typedef struct mil_borrow {
     /* What is queued goes to `stream` (a cudaStream_t; NULL: the legacy default stream) until
      * another is swapped in; returns the one before. The queue's own must be back before it
@@ -82,6 +93,7 @@ typedef struct mil_borrow {
     mil_status (*gather_v)(struct mil_queue *queue, const mil_borrow_v *args);
     /* v = plain, for an expand whose modules have in 1 and scale 1. */
     mil_status (*spread_v)(struct mil_queue *queue, const mil_borrow_v *args);
+    mil_status (*split_samples)(struct mil_queue *queue, const mil_borrow_samples *args);
     /* What begin notes of a batch for attention, from the device's arrays. */
     mil_status (*plan_attention)(mil_context *context, const mil_begin_args *args);
 } mil_borrow;

@@ -5,6 +5,15 @@
 
 #include <string.h>
 
+#ifndef MIL_WITH_CUDA
+static mil_status no_cuda(void)
+{
+    return mil_fail(
+        MIL_ERR_DEVICE,
+        "this build has no CUDA: MILPY_CUDA was 0, or auto and no GPU or nvcc was found");
+}
+#endif
+
 mil_status mil_backend_find(const mil_backend **out, const char *device)
 {
     if (strcmp(device, "cpu") == 0)
@@ -14,9 +23,37 @@ mil_status mil_backend_find(const mil_backend **out, const char *device)
 #ifdef MIL_WITH_CUDA
     return mil_cuda_backend_find(out);
 #else
-    return mil_fail(
-        MIL_ERR_DEVICE,
-        "this build has no CUDA: MILPY_CUDA was 0, or auto and no GPU or nvcc was found");
+    return no_cuda();
+#endif
+}
+
+bool mil_backend_has_cuda(void)
+{
+#ifdef MIL_WITH_CUDA
+    return true;
+#else
+    return false;
+#endif
+}
+
+mil_status mil_backend_count_gpus(int32_t *n_gpus)
+{
+#ifdef MIL_WITH_CUDA
+    return mil_cuda_count(n_gpus);
+#else
+    *n_gpus = 0;
+    return no_cuda();
+#endif
+}
+
+mil_status mil_backend_report_gpu(mil_gpu_report *report, int32_t ordinal)
+{
+#ifdef MIL_WITH_CUDA
+    return mil_cuda_report(report, ordinal);
+#else
+    (void)ordinal;
+    memset(report, 0, sizeof *report);
+    return no_cuda();
 #endif
 }
 

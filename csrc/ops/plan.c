@@ -85,6 +85,7 @@ void mil_plan_reset(mil_plan *plan, const mil_plan_limits *limits, uint64_t step
     plan->header.bucket_logit_rows = limits->max_logit_rows;
     plan->header.bucket_chunks = limits->max_seqs;
     plan->header.bucket_segments = limits->max_adapter_slots;
+    plan->header.bucket_lora_rows = limits->max_tokens;
     mil_batch batch;
     mil_plan_view(plan, &batch);
     batch.query_indptr[0] = 0;

@@ -253,18 +253,18 @@ static PyObject *engine_stats(PyObject *object, PyObject *unused)
     Py_END_ALLOW_THREADS
     self->n_inside--;
     return Py_BuildValue(
-        "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:n,s:n}", "n_waiting",
-        stats.n_waiting, "n_running", stats.n_running, "n_pages", stats.n_pages, "n_free_pages",
-        stats.n_free_pages, "page_size", stats.page_size, "max_model_len", stats.max_model_len,
-        "max_num_seqs", stats.max_num_seqs, "max_num_batched_tokens", stats.max_num_batched_tokens,
-        "n_steps", (unsigned long long)stats.n_steps, "n_preemptions",
+        "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:n,s:n}",
+        "n_waiting", stats.n_waiting, "n_running", stats.n_running, "n_pages", stats.n_pages,
+        "n_free_pages", stats.n_free_pages, "page_size", stats.page_size, "max_model_len",
+        stats.max_model_len, "max_num_seqs", stats.max_num_seqs, "max_num_batched_tokens",
+        stats.max_num_batched_tokens, "n_steps", (unsigned long long)stats.n_steps, "n_preemptions",
         (unsigned long long)stats.n_preemptions, "n_prompt_tokens",
         (unsigned long long)stats.n_prompt_tokens, "n_generated_tokens",
         (unsigned long long)stats.n_generated_tokens, "fill_ns", (unsigned long long)stats.fill_ns,
         "submit_ns", (unsigned long long)stats.submit_ns, "wait_ns",
         (unsigned long long)stats.wait_ns, "retire_ns", (unsigned long long)stats.retire_ns,
-        "kv_bytes", (Py_ssize_t)stats.kv_bytes, "workspace_bytes",
-        (Py_ssize_t)stats.workspace_bytes);
+        "capture_ns", (unsigned long long)stats.capture_ns, "kv_bytes", (Py_ssize_t)stats.kv_bytes,
+        "workspace_bytes", (Py_ssize_t)stats.workspace_bytes);
 }
 
 static PyObject *engine_memory(PyObject *object, PyObject *unused)

@@ -139,10 +139,11 @@ static PyObject *model_report(PyObject *self, PyObject *unused)
         return NULL;
     mil_model_report report;
     mil_model_report_get(model, &report);
-    return Py_BuildValue(
-        "{s:n,s:n,s:i,s:i,s:i,s:s,s:s}", "weight_bytes", (Py_ssize_t)report.weight_bytes,
-        "adapter_bytes", (Py_ssize_t)report.adapter_bytes, "n_adapters", report.n_adapters, "world",
-        report.world, "n_threads", report.n_threads, "device", report.device, "isa", report.isa);
+    return Py_BuildValue("{s:n,s:n,s:i,s:i,s:i,s:s,s:s,s:s}", "weight_bytes",
+                         (Py_ssize_t)report.weight_bytes, "adapter_bytes",
+                         (Py_ssize_t)report.adapter_bytes, "n_adapters", report.n_adapters, "world",
+                         report.world, "n_threads", report.n_threads, "device", report.device,
+                         "isa", report.isa, "no_cuda", report.no_cuda);
 }
 
 static PyObject *model_add_adapter(PyObject *self, PyObject *args, PyObject *kwargs)
@@ -193,7 +194,7 @@ static PyObject *model_release_adapter(PyObject *self, PyObject *argument)
 static PyMethodDef model_methods[] = {
     {"close", model_close, METH_NOARGS, "Give all memory back; an error while engines use it."},
     {"report", model_report, METH_NOARGS,
-     "weight_bytes, adapter_bytes, n_adapters, world, n_threads, device, isa"},
+     "weight_bytes, adapter_bytes, n_adapters, world, n_threads, device, isa, no_cuda"},
     {"add_adapter", (PyCFunction)(void (*)(void))model_add_adapter, METH_VARARGS | METH_KEYWORDS,
      "add_adapter(adapter, dummy_seed=None) -> content id, holding one reference"},
     {"release_adapter", model_release_adapter, METH_O,

@@ -6,6 +6,7 @@
 #include "python/place.h"
 
 #include "base/memory.h"
+#include "ops/find.h"
 
 static PyObject *machine_report(PyObject *module, PyObject *unused)
 {
@@ -50,6 +51,10 @@ static PyMethodDef methods[] = {
     {"device_report", mil_py_device_report, METH_O,
      "What the first device of a backend (\"cpu\", \"cuda\") offers: memory_bytes,\n"
      "memory_free_bytes. Raises EngineError, which says what is missing."},
+    {"gpu_reports", mil_py_gpu_reports, METH_NOARGS,
+     "A dict for each GPU: what it is, which kernels run there with which cuBLASLt, or the "
+     "problem.\n"
+     "Raises EngineError where there is none, which says what is missing."},
     {"add_library_dir", mil_py_add_library_dir, METH_O,
      "One more directory to find NVIDIA's libraries in, before a model is made."},
     {"dlpack_stream", mil_py_dlpack_stream, METH_VARARGS,
@@ -59,7 +64,8 @@ static PyMethodDef methods[] = {
     OP(silu_and_mul, "out, gate_up, interleave"),
     OP(linear, "out, x, weight, bias, deterministic"),
     OP(embedding, "out, tokens, weight"),
-    OP(sample, "out, logits, params, positions"),
+    OP(sample, "out, logits, params, positions, logprobs, ranks, top_tokens,"
+               " top_logprobs"),
     OP(rope, "out, x, positions, cos, sin, interleaved"),
     OP(rope_and_cache, "out, qkv, positions, cos, sin, k_cache, v_cache, page_table, query_indptr,"
                        " kv_lengths, interleaved"),
@@ -107,6 +113,8 @@ static int add_constants(PyObject *module)
     for (size_t i = 0; i < sizeof constants / sizeof constants[0]; i++)
         if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)
             return -1;
+    if (PyModule_AddObjectRef(module, "HAS_CUDA", mil_backend_has_cuda() ? Py_True : Py_False) < 0)
+        return -1;
     PyObject *share = PyFloat_FromDouble(MIL_GPU_MEMORY_UTILIZATION);
     int failed = PyModule_AddObjectRef(module, "GPU_MEMORY_UTILIZATION", share);
     Py_XDECREF(share);

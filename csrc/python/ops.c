@@ -228,11 +228,17 @@ PyObject *mil_py_op_embedding(PyObject *module, PyObject *args)
 
 typedef struct sample_operands {
     mil_operand *out, *logits, *params, *positions;
+    mil_operand *logprobs, *ranks, *top_tokens, *top_logprobs; /* NULL: the token alone */
 } sample_operands;
 
 static void check_params(mil_op_call *call, const mil_operand *params)
 {
     const mil_sampling *sampling = (const mil_sampling *)params->data;
+    for (int32_t i = 0; i < params->shape[0] && call->status == MIL_OK; i++)
+        if (sampling[i].n_logprobs < -1 || sampling[i].n_logprobs > MIL_MAX_LOGPROBS)
+            call->status = mil_fail(MIL_ERR_ARGUMENT,
+                                    "%s: row %d of params has n_logprobs %d, expected -1 to %d",
+                                    call->op, i, sampling[i].n_logprobs, MIL_MAX_LOGPROBS);
     for (int32_t i = 0; i < params->shape[0] && call->status == MIL_OK; i++)
         if (!(sampling[i].temperature >= 0.0f && sampling[i].temperature <= 1e30f) ||
             sampling[i].top_k < 0 || !(sampling[i].top_p > 0.0f && sampling[i].top_p <= 1.0f))
@@ -241,6 +247,13 @@ static void check_params(mil_op_call *call, const mil_operand *params)
                                     "%g, expected a finite one >= 0, one >= 0, one in (0, 1]",
                                     call->op, i, (double)sampling[i].temperature, sampling[i].top_k,
                                     (double)sampling[i].top_p);
+}
+
+/* What the samples tell beside the token. */
+static void split(mil_op_call *call, const sample_operands *o, const mil_borrow_samples *samples)
+{
+    if (o->logprobs != NULL && call->status == MIL_OK)
+        call->status = call->place->borrow->split_samples(call->context->queue, samples);
 }
 
 static void run_sample(mil_op_call *call, void *argument)
@@ -279,6 +292,15 @@ static void run_sample(mil_op_call *call, void *argument)
         .vocab = V,
         .ld = V,
     };
+    const mil_borrow_samples samples = {
+        .from = args.out,
+        .logprobs = mil_op_lend(call, o->logprobs),
+        .ranks = mil_op_lend(call, o->ranks),
+        .top_tokens = mil_op_lend(call, o->top_tokens),
+        .top_logprobs = mil_op_lend(call, o->top_logprobs),
+        .n = n,
+        .n_columns = mil_op_size(o->top_tokens, 1),
+    };
     mil_op_size_workspace(call, (mil_maxima){.max_logit_rows = n, .vocab = V});
     if (call->status != MIL_OK || n == 0)
         return;
@@ -289,16 +311,34 @@ static void run_sample(mil_op_call *call, void *argument)
             backend->device->fill_16(call->context->queue, slots.last_token, 0xffff, 2 * (size_t)n);
     if (call->status == MIL_OK)
         call->status = backend->sample(call->context, &args);
+    split(call, o, &samples);
+}
+
+static void take_logprobs(mil_op_call *call, sample_operands *o, PyObject *const objects[4],
+                          int32_t n)
+{
+    o->logprobs = mil_op_take_written(call, "logprobs", objects[0]);
+    o->ranks = mil_op_take_written(call, "ranks", objects[1]);
+    o->top_tokens = mil_op_take_written(call, "top_tokens", objects[2]);
+    o->top_logprobs = mil_op_take_written(call, "top_logprobs", objects[3]);
+    mil_op_expect(call, o->logprobs, MIL_DTYPE_F32, MIL_SHAPE(n));
+    mil_op_expect(call, o->ranks, MIL_DTYPE_I32, MIL_SHAPE(n));
+    mil_op_expect(call, o->top_tokens, MIL_DTYPE_I32, MIL_SHAPE(n, MIL_ANY));
+    int32_t n_columns = mil_op_size(o->top_tokens, 1);
+    mil_op_expect_in(call, "top_tokens' columns", n_columns, 0, MIL_MAX_LOGPROBS);
+    mil_op_expect(call, o->top_logprobs, MIL_DTYPE_F32, MIL_SHAPE(n, n_columns));
 }
 
 PyObject *mil_py_op_sample(PyObject *module, PyObject *args)
 {
-    mil_op_call call = {.op = "sample", .state = PyModule_GetState(module)};
-    PyObject *out, *logits, *params, *positions;
-    sample_operands o;
-    if (!PyArg_ParseTuple(args, "zKOOOO:op_sample", &call.device, &call.stream, &out, &logits,
-                          &params, &positions))
+    mil_op_call call = {.state = PyModule_GetState(module)};
+    PyObject *out, *logits, *params, *positions, *more[4];
+    sample_operands o = {0};
+    if (!PyArg_ParseTuple(args, "zKOOOOOOOO:op_sample", &call.device, &call.stream, &out, &logits,
+                          &params, &positions, &more[0], &more[1], &more[2], &more[3]))
         return NULL;
+    bool has_logprobs = more[0] != Py_None;
+    call.op = has_logprobs ? "sample_logprobs" : "sample";
     o.logits = mil_op_take(&call, "logits", logits);
     o.out = mil_op_take_written(&call, "out", out);
     o.params = mil_op_take_indices(&call, "params", params);
@@ -309,6 +349,8 @@ PyObject *mil_py_op_sample(PyObject *module, PyObject *args)
     mil_op_expect(&call, o.params, MIL_DTYPE_I32, MIL_SHAPE(n, SAMPLING_WORDS));
     mil_op_expect(&call, o.positions, MIL_DTYPE_I32, MIL_SHAPE(n));
     mil_op_expect(&call, o.out, MIL_DTYPE_I32, MIL_SHAPE(n));
+    if (has_logprobs)
+        take_logprobs(&call, &o, more, n);
     if (call.status == MIL_OK && !o.params->is_cuda)
         check_params(&call, o.params);
     return mil_op_run(&call, run_sample, &o);

@@ -72,10 +72,7 @@ typedef struct lent_lora {
 static void lend_modules(mil_op_call *call, lent_lora *to, const lora_operands *o)
 {
     const mil_backend *backend = call->context->backend;
-    int32_t G = o->adapter->shape[0];
-    /* A launch has room for one tile part full of each slot: segments may be more than adapters.
-     * Past the adapters is a slot that is none. */
-    int32_t n_slots = G > o->n_adapters ? G : o->n_adapters + 1;
+    int32_t n_slots = o->n_adapters + 1; /* past the adapters is a slot that is none */
     size_t n_bytes = (size_t)n_slots * MIL_N_PROJECTIONS * sizeof(mil_lora_module);
     to->modules = (mil_borrow_modules){
         .to = mil_op_temporary(call, n_bytes),
@@ -104,7 +101,8 @@ static void lend_segments(mil_op_call *call, lent_lora *to, const lora_operands 
                    .n_segments = G,
                    .n_lora_rows = o->n_rows,
                    .bucket_tokens = T,
-                   .bucket_segments = G},
+                   .bucket_segments = G,
+                   .bucket_lora_rows = o->n_rows},
         .to = mil_op_temporary(call, sizeof(mil_plan_header)),
     };
     to->batch = (mil_batch){

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.engine_cuda import FLOORS, decode_bytes, decode_roof_ms, names, parser
+from benchmarks.engine_cuda import (
+    FLOORS,
+    ON_ITS_OWN,
+    ON_ONE_MODEL,
+    decode_bytes,
+    decode_roof_ms,
+    names,
+    parser,
+)
 from benchmarks.shapes import EIGHT_B
 
 # "bytes alone at 4.55 TB/s, ms" beside vLLM's figures, for 1,024 in / 256 out.
@@ -32,6 +40,8 @@ def test_rows_are_named_with_commas_and_unknown_ones_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert names("ttft,lora") == ["ttft", "lora"]
+    assert sorted(names("all")) == sorted([*ON_ONE_MODEL, *ON_ITS_OWN, "gap"])
+    assert "d1" in parser().parse_args([]).rows
     with pytest.raises(SystemExit):
         parser().parse_args(["--rows", "ttft,speed"])
     assert "found 'speed', expected some of start, decode" in capsys.readouterr().err

@@ -74,7 +74,7 @@ static uint64_t fake_free_bytes = UINT64_MAX;
 static mil_status fake_memory(struct mil_queue *queue, mil_device_memory *memory)
 {
     (void)queue;
-    *memory = (mil_device_memory){fake_free_bytes, UINT64_MAX, fake_free_bytes};
+    *memory = (mil_device_memory){"fake", fake_free_bytes, UINT64_MAX, fake_free_bytes};
     return MIL_OK;
 }
 

@@ -194,6 +194,12 @@ int32_t mil_model_default_page_size(const mil_model *model)
     return 16;
 }
 
+uint64_t mil_runner_capture_ns(const mil_runner *runner)
+{
+    (void)runner;
+    return 0;
+}
+
 int32_t mil_runner_depth(const mil_runner *runner)
 {
     return runner->model->depth;

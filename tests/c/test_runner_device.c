@@ -39,7 +39,7 @@ static struct {
 static mil_status memory(struct mil_queue *queue, mil_device_memory *memory)
 {
     (void)queue;
-    *memory = (mil_device_memory){meter.n_free, N_TOTAL, N_TOTAL};
+    *memory = (mil_device_memory){"metered", meter.n_free, N_TOTAL, N_TOTAL};
     return MIL_OK;
 }
 
@@ -287,7 +287,9 @@ TEST(taking_pages_again_captures_again_and_adds_pages_alone)
     CHECK_INT(mil_runner_create(&runner, r.model, &r.options), MIL_OK);
     uint64_t n_free = meter.n_free;
     mil_runner_memory_get(runner, &one);
+    uint64_t capture_ns = mil_runner_capture_ns(runner);
     CHECK_INT(mil_runner_take_pages(runner, 5000), MIL_OK);
+    CHECK(capture_ns > 0 && mil_runner_capture_ns(runner) > capture_ns);
     mil_runner_memory_get(runner, &many);
     CHECK_INT(meter.n_captured, 2 * N_GRAPHS);
     CHECK_INT(meter.n_graphs, N_GRAPHS);
@@ -313,6 +315,7 @@ TEST(without_graphs_kernels_are_loaded_all_the_same)
     mil_runner_memory_get(runner, &taken);
     CHECK_INT(meter.n_runs, 6);
     CHECK_INT(meter.n_captured, 0);
+    CHECK_INT(mil_runner_capture_ns(runner), 0);
     CHECK_INT(taken.graph_bytes, KERNEL_BYTES);
     mil_runner_free(runner);
     rig_close(&r);

@@ -13,6 +13,7 @@ from helpers.cpu_shim import Shim, bf16, from_bf16, int32, library, pointer
 
 Array = NDArray[Any]
 MAX_PARTS = 3
+MAX_ADAPTERS = 128
 MARK, MARK_BF16 = 12345.0, 12352.0  # what columns past N hold, and the same in bfloat16
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
@@ -95,6 +96,21 @@ class Weight:
         packed = np.concatenate(rows)[self.order()]
         self.panels.view(np.uint16)[: packed.size] = packed.ravel()
 
+    def rows(self) -> Array:
+        """A GPU's, as bits of bfloat16, [N, K] in packed order."""
+        return self.panels.view(np.uint16)[: self.N * self.K].reshape(self.N, self.K)
+
+    def pack_dummy(
+        self, part: int, row: int, n_rows: int, stream: int, begin: int, stride: int
+    ) -> None:
+        """Rows row .. of a part become dummy weights; on a GPU."""
+        self.shim.check(
+            library().shim_pack_dummy(
+                self.shim.handle, ct.byref(self.struct()), part, row, n_rows, ct.c_uint64(stream),
+                ct.c_uint64(begin), ct.c_int64(stride),
+            )
+        )  # fmt: skip
+
     def struct(self) -> WeightStruct:
         sizes = [len(part) for part in self.parts]
         return WeightStruct(
@@ -114,19 +130,23 @@ class Weight:
             return stacked
         return stacked.reshape(len(self.parts), -1, self.interleave).swapaxes(0, 1).ravel()
 
-    def linear(self, x: Array, ldx: int = 0, ldy: int = 0, is_logits: bool = False) -> Array:
+    def linear(
+        self, x: Array, ldx: int = 0, ldy: int = 0, is_logits: bool = False, last: int | None = None
+    ) -> Array:
         """y [M, ldy] of x [M, K] bits; columns past N keep a mark. is_logits: in float32 even where
-        the backend's products are bfloat16."""
+        the backend's products are bfloat16. last: only so many of y's last rows are copied back and
+        returned."""
         ldx, ldy = ldx or self.K, ldy or self.N
         wide = np.full((len(x), ldx), 0x7FC0, np.uint16)
         wide[:, : self.K] = x
-        y = np.full((len(x), ldy), MARK, np.float32)
+        y = np.full((len(x) if last is None else last, ldy), MARK, np.float32)
         held = y if is_logits else self.shim.product(y)
         self.shim.need(max_tokens=len(x), hidden=self.K, ffn=self.N)
         self.shim.check(
             library().shim_linear(
                 self.shim.handle, pointer(held), pointer(wide), ct.byref(self.struct()),
-                0 if held.dtype == np.float32 else 1, len(x), ct.c_int64(ldy), ct.c_int64(ldx),
+                0 if held.dtype == np.float32 else 1, len(x), len(held), ct.c_int64(ldy),
+                ct.c_int64(ldx),
             )
         )  # fmt: skip
         result = widened(held)
@@ -206,7 +226,7 @@ class Segments:
 def run_lora(weight: Weight, x: Array, segments: Segments, what: int, y: Array | None) -> Array:
     shim = weight.shim
     held = shim.product(np.full((len(x), weight.N), np.nan, np.float32) if y is None else y)
-    shim.need(max_tokens=len(x), hidden=weight.K, ffn=weight.N, max_adapter_slots=16)
+    shim.need(max_tokens=len(x), hidden=weight.K, ffn=weight.N, max_adapter_slots=MAX_ADAPTERS)
     shim.check(
         library().shim_linear_lora(
             shim.handle, pointer(held), pointer(x), ct.byref(weight.struct()),
@@ -238,7 +258,7 @@ def gate_up_act(weight: Weight, x: Array, segments: Segments) -> Array:
     shim = weight.shim
     y = shim.product(np.full((len(x), weight.N), np.nan, np.float32))
     out = np.full((len(x), weight.N // 2), 0xFFFF, np.uint16)
-    shim.need(max_tokens=len(x), hidden=weight.K, ffn=weight.N, max_adapter_slots=16)
+    shim.need(max_tokens=len(x), hidden=weight.K, ffn=weight.N, max_adapter_slots=MAX_ADAPTERS)
     shim.check(
         library().shim_gate_up_act(
             shim.handle, pointer(out), pointer(y), pointer(x), ct.byref(weight.struct()),

@@ -79,6 +79,13 @@ def case(name: str, rng: np.random.Generator) -> Case:
             {"logits": normal(rng, T, V), "params": ops.sampling_params(T, top_k=3),
              "positions": np.zeros(T, np.int32), "out": np.zeros(T, np.int32)},
             ["out"], ops.sample),
+        "sample_logprobs": (
+            {"logits": normal(rng, T, V), "params": ops.sampling_params(T, n_logprobs=5),
+             "positions": np.zeros(T, np.int32), "out": np.zeros(T, np.int32),
+             "logprobs": np.zeros(T, np.float32), "ranks": np.zeros(T, np.int32),
+             "top_tokens": np.zeros((T, 5), np.int32),
+             "top_logprobs": np.zeros((T, 5), np.float32)},
+            ["out", "logprobs", "ranks", "top_tokens", "top_logprobs"], ops.sample_logprobs),
         "rope": (
             {"x": bfloat16(normal(rng, T, N, D)), **angles, "out": np.zeros((T, N, D), bits)},
             ["out"], ops.rope),
@@ -102,8 +109,8 @@ def case(name: str, rng: np.random.Generator) -> Case:
 
 
 NAMES = (
-    "rms_norm silu_and_mul linear linear_bf16 embedding sample rope rope_and_cache attention "
-    "lora lora_shrink lora_expand"
+    "rms_norm silu_and_mul linear linear_bf16 embedding sample sample_logprobs rope rope_and_cache "
+    "attention lora lora_shrink lora_expand"
 ).split()
 
 
@@ -136,7 +143,7 @@ class Torch:
     def __init__(self) -> None:
         self.torch = pytest.importorskip("torch")
         if not self.torch.cuda.is_available():
-            pytest.skip("this torch has no CUDA")
+            pytest.skip(f"needs torch with CUDA: found {self.torch.__version__}")
 
     def put(self, x: Array) -> Any:
         if x.dtype == np.uint16:

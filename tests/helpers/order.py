@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-import pytest
+from helpers.gpu import need_file
 
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Path(__file__).with_name("order_workload.py")
@@ -25,8 +25,7 @@ def extension(kind: str) -> Path:
     """What `make chaos` built: late, or late and broken: ring (one entry for all steps in flight),
     fence (pages go before their last step has retired)."""
     path = ROOT / "build/chaos" / kind / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not path.exists():
-        pytest.skip(f"found no {path}: `make chaos` builds it")
+    need_file(path, "make chaos")
     return path
 
 

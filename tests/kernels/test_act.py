@@ -7,6 +7,7 @@ import pytest
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Shim, ShimError, bf16, from_bf16
 from helpers.marks import small
+from kernels.judge import judge_rounded
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +36,12 @@ def held(x: Array) -> Array:
     return from_bf16(bf16(x)).astype(np.float32)
 
 
+def assert_act(out: Array, want: Array) -> None:
+    """Each element by itself, and all of them as the plain formula."""
+    assert_close("act", from_bf16(out), want)
+    judge_rounded("act", out, want)
+
+
 @pytest.mark.parametrize(("T", "F", "interleave"), SHAPES)
 @pytest.mark.parametrize("captured", [False, True])
 def test_act_is_the_formula(path: str, T: int, F: int, interleave: int, captured: bool) -> None:
@@ -42,7 +49,7 @@ def test_act_is_the_formula(path: str, T: int, F: int, interleave: int, captured
     gate, up = held(rng.standard_normal((2, T, F)) * 6)
     with Shim(path, captured=captured) as shim:
         out = shim.act(merged(gate, up, interleave), interleave)
-    assert_close("act", from_bf16(out), silu(gate.astype(np.float64)) * up)
+    assert_act(out, silu(gate.astype(np.float64)) * up)
 
 
 @pytest.mark.parametrize("interleave", [0, 8])
@@ -56,7 +63,7 @@ def test_act_over_the_whole_range_of_exp(path: str, interleave: int) -> None:
     with Shim(path) as shim:
         out = shim.act(merged(gate, up, interleave), interleave)
         far = shim.act(merged(float(-1000) * up, up, interleave), interleave)
-    assert_close("act", from_bf16(out), silu(gate.astype(np.float64)))
+    assert_act(out, silu(gate.astype(np.float64)))
     assert np.abs(from_bf16(far)).max() < 1e-34
 
 
@@ -78,6 +85,12 @@ def test_bits_do_not_depend_on_the_batch(path: str) -> None:
         whole = shim.act(gate_up, 8)
         alone = shim.act(gate_up[21:22], 8)
     assert np.array_equal(alone[0], whole[21])
+
+
+@pytest.mark.parametrize("interleave", [0, 8])
+def test_no_rows_is_no_work(path: str, interleave: int) -> None:
+    with Shim(path) as shim:
+        assert shim.act(np.empty((0, 64), np.float32), interleave).shape == (0, 32)
 
 
 def test_unknown_kind_is_refused(path: str) -> None:

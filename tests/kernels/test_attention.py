@@ -6,12 +6,13 @@ Head sizes 64 and 128 with pages of 64 or more have a kernel of their own on the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from cpu.test_attention import Sequence, paged, reference, sequence
-from cpu.tolerance import assert_close
-from helpers.cpu_shim import Array, Batch, Kv, Shim, cuda_paths, from_bf16
+from cpu.test_attention import Sequence, paged, sequence
+from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, cuda_paths, from_bf16
+from kernels.judge import attention, judge_rows
 
 pytestmark = pytest.mark.gpu
 paths = pytest.mark.parametrize("path", cuda_paths())
@@ -38,11 +39,17 @@ HEADS = [
     (2, 2, 256, 256),
     (8, 4, 256, 64),
 ]
+# Every page size at every head size that has an instance of its own, groups in turn.
+SQUARE = [
+    (2 * group, 2, D, P)
+    for i, D in enumerate((64, 80, 96, 128, 256))
+    for P, group in zip((16, 32, 64, 128, 256), np.roll((1, 2, 4, 7, 8), i).tolist(), strict=True)
+]
 
 
 def run(
     path: str, seqs: list[Part], P: int = 64, seed: int = 0, captured: bool = False,
-    bucket: tuple[int, int] = (0, 0), **options: float,
+    bucket: tuple[int, int] = (0, 0), **options: Any,
 ) -> list[Array]:  # fmt: skip
     """Bits of each sequence's rows, [n, N, D]. bucket: rows and sequences beyond the batch's."""
     _, N, D = seqs[0][0].q.shape
@@ -57,18 +64,18 @@ def run(
     return [part.reshape(-1, N, D) for part in np.split(out, np.cumsum(batch.query_lengths)[:-1])]
 
 
-def cut(seq: Sequence, end: int) -> Sequence:
-    return Sequence(seq.q[:end], seq.k[:end], seq.v[:end])
+def assert_formula(part: Part, rows: Array, window: int = 0, softcap: float = 0.0) -> None:
+    seq, first, end = part
+    q, k, v = (from_bf16(x) for x in (seq.q[first:end], seq.k[:end], seq.v[:end]))
+    exact, plain = attention(q, k, v, first, q.shape[2] ** -0.5, window, softcap)
+    judge_rows(f"queries {first} to {end}", from_bf16(rows), exact, plain)
 
 
-def check(path: str, seqs: list[Part], P: int = 64, **options: float) -> list[Array]:
+def check(path: str, seqs: list[Part], P: int = 64, **options: Any) -> list[Array]:
     got = run(path, seqs, P, **options)
     formula = {name: options[name] for name in ("window", "softcap") if name in options}
-    for (seq, first, end), rows in zip(seqs, got, strict=True):
-        D = seq.q.shape[2]
-        assert_close(
-            "attention", from_bf16(rows), reference(cut(seq, end), first, D**-0.5, **formula)
-        )
+    for part, rows in zip(seqs, got, strict=True):
+        assert_formula(part, rows, **formula)
     return got
 
 
@@ -89,6 +96,13 @@ def test_mixed_batch_is_the_formula(
     chunk as small as a decode row."""
     cases = [(1, 0), (63, 62), (64, 63), (65, 64), (1000, 999), (130, 65), (300, 0), (90, 88)]
     check(path, [(sequence(n, N, K, D), first, n) for n, first in cases], P, captured=captured)
+
+
+@paths
+@pytest.mark.parametrize(("N", "K", "D", "P"), SQUARE)
+def test_page_sizes_at_head_sizes(path: str, N: int, K: int, D: int, P: int) -> None:
+    cases = [(1, 0), (65, 64), (700, 699), (300, 200), (90, 0)]
+    check(path, [(sequence(n, N, K, D), first, n) for n, first in cases], P)
 
 
 @paths
@@ -128,13 +142,41 @@ def test_rows_leave_alone_what_their_block_still_reads_of_the_row_before(
         assert all(map(same, run(path, seqs, repeat=4), first))
 
 
+def flat(seq: Sequence) -> Sequence:
+    """With weights so even that each page of 128k keys counts for more than the rounding."""
+    return Sequence(bf16(from_bf16(seq.q) / 4), seq.k, seq.v)
+
+
 @paths
-def test_context_of_128k(path: str) -> None:
-    seq = sequence(131072, 4, 1, 64)
-    (row, tail) = run(path, [(seq, 131071, 131072), (seq, 131056, 131072)])
-    want = reference(seq, 131056, 64**-0.5)
-    assert_close("attention", from_bf16(row), want[-1:])
-    assert_close("attention", from_bf16(tail), want)
+@pytest.mark.parametrize("D", [64, 128])
+def test_context_of_128k(path: str, D: int) -> None:
+    n = 131072
+    seq = flat(sequence(n, 4, 1, D))
+    check(path, [(seq, n - 1, n), (seq, n - 16, n)])
+
+
+@paths
+@pytest.mark.parametrize(("D", "P"), [(64, 64), (96, 16)])
+def test_more_sequences_than_the_plan_has_threads(path: str, D: int, P: int) -> None:
+    """1,024 of them at once; after those too there are split rows and chunks."""
+    rng = np.random.default_rng(3)
+    keys = rng.integers(1, 9, 1100).tolist()
+    seqs: list[Part] = [(sequence(n, 2, 1, D, seed=i), n - 1, n) for i, n in enumerate(keys)]
+    long = sequence(1300, 2, 1, D)
+    for at in (1090, 1030, 1024, 1023, 500, 0):
+        seqs[at] = (long, 1299, 1300)
+    seqs[1060] = (long, 0, 70)
+    check(path, seqs, P)
+
+
+@paths
+@pytest.mark.parametrize("D", [64, 80, 128])
+def test_a_bucket_without_a_sequence_is_no_fault(path: str, D: int) -> None:
+    _, batch, kv = paged([(sequence(40, 2, 1, D), 30, 40)], 64)
+    batch.query_lengths, batch.kv_lengths = [], []
+    batch.bucket_seqs, batch.bucket_tokens = 4, 16
+    with Shim(path) as shim:
+        assert shim.attention(np.empty((0, 2 * D), np.uint16), batch, kv, 2, 1.0).size == 0
 
 
 @paths

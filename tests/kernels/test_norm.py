@@ -7,6 +7,7 @@ import pytest
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Shim, bf16, from_bf16
 from helpers.marks import small
+from kernels.judge import judge_rounded
 
 pytestmark = pytest.mark.gpu
 
@@ -24,6 +25,13 @@ def reference(x: Array, weight: Array, eps: float, offset: float) -> Array:
     return (offset + weight.astype(np.float64)) * (x * scale)
 
 
+def assert_norm(out: Array | None, want: Array) -> None:
+    """Each element by itself, and all of them as the plain formula."""
+    assert out is not None
+    assert_close("norm", from_bf16(out), want)
+    judge_rounded("norm", out, want)
+
+
 def case(T: int, H: int) -> tuple[Array, Array, Array]:
     """x, a residual that bfloat16 holds, and a weight."""
     rng = np.random.default_rng([T, H])
@@ -37,8 +45,7 @@ def test_norm_is_the_formula(path: str, T: int, H: int, eps: float, offset: floa
     x, _, weight = case(T, H)
     with Shim(path) as shim:
         out, kept = shim.norm(x, weight, eps=eps, offset=offset)
-    assert out is not None
-    assert_close("norm", from_bf16(out), reference(x, weight, eps, offset))
+    assert_norm(out, reference(x, weight, eps, offset))
     assert np.array_equal(kept, x)
 
 
@@ -50,9 +57,20 @@ def test_residual_is_added_to_x_first(path: str, T: int, H: int, captured: bool)
         out, kept = shim.norm(x, weight, residual=residual)
         none, only_added = shim.norm(x, weight, residual=residual, wants_out=False)
     assert np.array_equal(kept, x + residual)
-    assert none is None and out is not None
+    assert none is None
     assert np.array_equal(only_added, kept)
-    assert_close("norm", from_bf16(out), reference(x + residual, weight, 1e-5, 0.0))
+    assert_norm(out, reference(x + residual, weight, 1e-5, 0.0))
+
+
+@pytest.mark.parametrize("H", [33, 4096])
+def test_no_rows_is_no_work(path: str, H: int) -> None:
+    x, residual, weight = case(3, H)
+    with Shim(path) as shim:
+        out, _ = shim.norm(x[:0], weight, residual=residual[:0])
+        none, kept = shim.norm(x, weight, residual=residual, rows=np.empty(0))
+    assert out is not None and none is not None
+    assert out.shape == none.shape == (0, H)
+    assert np.array_equal(kept, x)
 
 
 @pytest.mark.parametrize("H", [33, 48, 4096])
@@ -63,9 +81,8 @@ def test_rows_pick_and_leave_the_others_alone(path: str, H: int) -> None:
         out, kept = shim.norm(x, weight, residual=residual, rows=rows)
     want = x.copy()
     want[rows] += residual[rows]
-    assert out is not None
     assert np.array_equal(kept, want)
-    assert_close("norm", from_bf16(out), reference(want[rows], weight, 1e-5, 0.0))
+    assert_norm(out, reference(want[rows], weight, 1e-5, 0.0))
 
 
 @pytest.mark.parametrize("H", [33, 4096])
@@ -104,4 +121,4 @@ def test_a_row_that_is_not_finite_spoils_no_other(path: str, H: int) -> None:
     assert out is not None
     good = [0, 2, 4]
     assert np.isnan(from_bf16(out)[1]).all()
-    assert_close("norm", from_bf16(out[good]), reference(x[good], weight, 1e-5, 0.0))
+    assert_norm(out[good], reference(x[good], weight, 1e-5, 0.0))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import logprobs
 from helpers.cuda_arrays import DeviceArray, capture, make_stream, synchronize
 from helpers.dlpack import READ_ONLY, OldProducer, exchange_api
 from helpers.marks import small
@@ -51,7 +52,8 @@ def test_an_op_works_in_place(library: Any, name: str, rng: np.random.Generator)
     want = on_cpu(arrays, written, call)
     there = put(arrays, library.put)
     result = call(**there)
-    assert result is there["out" if "out" in there else "y"]
+    first = result[0] if isinstance(result, tuple) else result
+    assert first is there["out" if "out" in there else "y"]
     for key, expected in zip(written, want, strict=True):
         near(library.get(there[key]), expected)
 
@@ -87,6 +89,35 @@ def test_float32_of_a_product_is_for_the_cpu_alone() -> None:
         ops.silu_and_mul(gate_up, device="cuda")
     with pytest.raises(RequestError, match="gate_up is float32 .*, expected bfloat16"):
         ops.silu_and_mul(DeviceArray(gate_up), out=DeviceArray(np.zeros((2, 8), np.uint16)))
+
+
+# ---- logprobs ----
+
+
+@pytest.mark.parametrize("made", [Driver, Torch, Cupy])
+@pytest.mark.parametrize("vocab", logprobs.VOCABS)
+@pytest.mark.parametrize("columns", [0, 3, 20])
+def test_logprobs_are_those_of_log_softmax(made: Any, vocab: int, columns: int) -> None:
+    library = made()
+    logits, params = logprobs.rows_of(vocab)
+    n = len(params)
+    written = [np.full(n, 99, dtype) for dtype in (np.int32, np.float32, np.int32)]
+    written += [np.full((n, columns), 99, dtype) for dtype in (np.int32, np.float32)]
+    out, *more = map(library.put, written)
+    names = ["logprobs", "ranks", "top_tokens", "top_logprobs"]
+    given = [library.put(x) for x in (logits, params, np.zeros(n, np.int32))]
+    got = ops.sample_logprobs(*given, out=out, **dict(zip(names, more, strict=True)))
+    assert all(a is b for a, b in zip(got, [out, *more], strict=True))
+    logprobs.check(logits, logprobs.ASKED, [library.get(x) for x in got])
+
+
+def test_logprobs_of_numpy_arrays_come_from_the_gpu() -> None:
+    logits, params = logprobs.rows_of(1000)
+    got = ops.sample_logprobs(logits, params, device="cuda")
+    assert got.tokens.tolist() == ops.sample(logits, params, device="cuda").tolist()
+    logprobs.check(logits, logprobs.ASKED, list(got))
+    with pytest.raises(RequestError, match="row 1 of params has n_logprobs 21, expected -1 to 20"):
+        ops.sample(logits[:2], ops.sampling_params(2, n_logprobs=[0, 21]), device="cuda")
 
 
 # ---- refusals ----

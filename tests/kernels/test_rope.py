@@ -10,6 +10,7 @@ from cpu.test_rope import MAX_POSITION, rotated, tables
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, from_bf16
 from helpers.marks import small
+from kernels.judge import judge_rounded
 
 pytestmark = pytest.mark.gpu
 
@@ -37,6 +38,12 @@ SHAPES = [
     (4, 2, 72, 16, 20, True),
     (3, 1, 40, 16, 40, True),
 ]
+
+
+def assert_rope(bits: Array, want: Array) -> None:
+    """Each element by itself, and all of them as the plain formula."""
+    assert_close("rope", from_bf16(bits), want)
+    judge_rounded("rope", bits, want)
 
 
 def case(N: int, K: int, D: int, P: int) -> tuple[Array, Batch, Kv]:
@@ -79,8 +86,8 @@ def test_rope_write(
         q = shim.rope_write(qkv, *tables(rotary_dim), batch, kv, N, rotary_dim, 1, pairs)
     heads = qkv.reshape(len(qkv), N + 2 * K, D)
     want = rotated(heads[:, : N + K], batch.positions, rotary_dim, pairs)
-    assert_close("rope", from_bf16(q).reshape(-1, N, D), want[:, :N])
-    assert_close("rope", from_bf16(read_back(kv.k, batch)), want[:, N:])
+    assert_rope(q.reshape(-1, N, D), want[:, :N])
+    assert_rope(read_back(kv.k, batch), want[:, N:])
     assert np.array_equal(from_bf16(read_back(kv.v, batch)), heads[:, N + K :])
     assert (kv.k == 0xFFFF).all() and (kv.v == 0xFFFF).all(), "wrote outside its rows"
 
@@ -119,6 +126,17 @@ def test_many_sequences_are_told_apart(path: str) -> None:
     assert (kv.v == 0xFFFF).all(), "wrote outside its rows"
 
 
+@pytest.mark.parametrize("buckets", [(0, 0), (4, 16)])
+@pytest.mark.parametrize("D", [64, 80])
+def test_no_tokens_write_nothing(path: str, D: int, buckets: tuple[int, int]) -> None:
+    _, batch, kv = case(2, 1, D, 16)
+    batch = Batch([], [], batch.page_table, bucket_seqs=buckets[0], bucket_tokens=buckets[1])
+    with Shim(path) as shim:
+        q = shim.rope_write(np.empty((0, 4 * D)), *tables(D), batch, kv, 2, D, 1)
+    assert q.shape == (0, 2 * D)
+    assert (kv.k == 0xFFFF).all() and (kv.v == 0xFFFF).all()
+
+
 @pytest.mark.parametrize("page", [-1, N_PAGES, 2**31 - 1])
 def test_a_page_that_is_not_there_is_not_written(path: str, page: int) -> None:
     qkv, batch, kv = case(2, 1, 64, 16)
@@ -139,6 +157,6 @@ def test_last_page_of_a_pool_beyond_4_gi_elements(path: str) -> None:
         shim.rope_write(qkv, *tables(D), batch, kv, N, D, 1)
     heads = qkv.reshape(len(qkv), N + 2 * K, D)
     want = rotated(heads[:, N : N + K], batch.positions, D, False)
-    assert_close("rope", from_bf16(read_back(kv.k, batch, first_page)), want)
+    assert_rope(read_back(kv.k, batch, first_page), want)
     assert np.array_equal(from_bf16(read_back(kv.v, batch, first_page)), heads[:, N + K :])
     assert (kv.k == 0xFFFF).all() and (kv.v == 0xFFFF).all(), "wrote outside its rows"

@@ -41,6 +41,8 @@ CHOICES = [
     (1e-3, 0, 1.0),
     (1e6, 0, 0.3),
 ]
+# Top-k and top-p over equal logits: the kept ids are the lowest.
+EQUALS = [(0, 1.0), (0, 0.3), (0, 0.7), (1, 1.0), (1000, 1.0), (1999, 0.3), (2**18, 1.0)]
 MARGIN = 1e-5  # of the kept mass: weights and their sums are off by some 1e-7
 
 
@@ -152,6 +154,13 @@ def test_a_launch_may_be_larger_than_its_rows(path: str, captured: bool, ld: int
     assert last.tolist() == np.where(feeds, tokens_of(got), -1).tolist()
 
 
+@pytest.mark.parametrize("bucket", [0, 8])
+def test_no_rows_is_no_work(path: str, bucket: int) -> None:
+    with Shim(path) as shim:
+        samples, last = shim.sample(np.empty((0, 5000)), [], bucket=bucket)
+    assert (samples, last.size) == ([], 0)
+
+
 @pytest.mark.slow
 def test_logits_beyond_two_to_the_31_elements(path: str) -> None:
     n = 2**31 // LARGEST + 2
@@ -258,6 +267,22 @@ def test_draws_of_a_large_flat_row_are_uniform(path: str) -> None:
             tokens += tokens_of(samples)
     seen = np.bincount(np.array(tokens) // (vocab // 100), minlength=100)
     assert_follows(seen, np.full(100, n / 100))
+
+
+def test_equal_logits_of_the_largest_vocabulary(path: str) -> None:
+    """2^19 ids of the largest mass, 2^44: their sum is 2^63, the most that there can be."""
+    vocab, n = 2**19, 4 * len(EQUALS)
+    logits = np.full((n, vocab), 3.5, np.float32)
+    rows = [options(1.0, *EQUALS[i % len(EQUALS)], 2, i) for i in range(n)]
+    samples, _ = run(path, logits, rows, np.arange(n))
+    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        kept = np.ceil((row.top_k or vocab) * np.float64(row.top_p))
+        assert sample.token == int(uniform(row.seed, i) * kept), (i, kept)
+        assert sample.rank == sample.token + 1
+        assert close_logprob(sample.logprob, -np.log(vocab))
+        assert [t.token for t in sample.top[:2]] == [0, 1]
+    greedy, _ = run(path, logits[:1], [options()])
+    assert greedy[0].token == 0
 
 
 def test_top_p_keeps_the_smallest_set_and_at_least_one(path: str) -> None:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import importlib
 
 import pytest
-
-from milpy import _C
-from milpy.wheels import add_library_dirs
+from helpers.gpu import need_cuda
 
 
 @pytest.fixture(scope="session", params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name == "cuda":
-        add_library_dirs(_C.add_library_dir)
-        try:
-            _C.device_report(name)
-        except Exception as problem:
-            pytest.skip(str(problem))
+        need_cuda()
     return name
 
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 
 import pytest
+from helpers.gpu import need_cuda, need_file
 
 from milpy import LLM, RequestOutput, SamplingParams, demo
 
@@ -16,22 +17,10 @@ ANSWER = SamplingParams(temperature=0, max_tokens=96, logprobs=3)
 N_FEW = 40  # requests of each voice where not all are asked
 
 
-def has_cuda() -> str:
-    """Why there is none, or nothing."""
-    if not demo.BASE.is_dir():
-        return f"no demo model in {demo.BASE}"
-    try:
-        with LLM(demo.BASE, device="cuda", progress=False, enforce_eager=True):
-            return ""
-    except Exception as problem:
-        return str(problem)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def cuda() -> Iterator[None]:
-    reason = has_cuda()
-    if reason:
-        pytest.skip(reason)
+    need_cuda()
+    need_file(demo.BASE, "tools/demo_train.py")
     yield
     serve.cache_clear()
 

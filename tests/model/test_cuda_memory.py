@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import cuda_arrays
+from helpers.gpu import need_cuda, need_file
 from helpers.mixed_load import MixedLoad, check_steps_allocate_nothing
 from helpers.tiny_llama import llama_config, write_adapter
 
@@ -27,23 +28,13 @@ LEFT = 8 * MIB
 ANSWER = SamplingParams(temperature=0, max_tokens=40)
 
 
-def has_cuda() -> str:
-    """Why there is none, or nothing."""
-    if not demo.BASE.is_dir():
-        return f"no demo model in {demo.BASE}"
-    try:
-        with LLM(demo.BASE, device="cuda", progress=False, enforce_eager=True):
-            return ""
-    except Exception as problem:
-        return str(problem)
-
-
 @pytest.fixture(scope="module")
 def cuda() -> None:
     """Also makes the context and loads what stays with the process, before anything is measured."""
-    reason = has_cuda()
-    if reason:
-        pytest.skip(reason)
+    need_cuda()
+    need_file(demo.BASE, "tools/demo_train.py")
+    with LLM(demo.BASE, device="cuda", progress=False, enforce_eager=True):
+        pass
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
@@ -241,7 +232,7 @@ def test_a_context_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:
 
 def test_kv_bytes_beyond_what_is_free_are_refused_with_figures() -> None:
     total = cuda_arrays.memory()[1]
-    with pytest.raises(OutOfMemoryError, match=r"of KV pages and .* of workspace, cuda has .* few"):
+    with pytest.raises(OutOfMemoryError, match=r"KV pages and .* of workspace, cuda:0 .* few"):
         LLM(demo.BASE, device="cuda", kv_cache_bytes=total, progress=False)
 
 
@@ -252,7 +243,7 @@ def test_on_a_full_gpu_an_adapter_is_refused_and_everybody_else_goes_on(tmp_path
              deterministic=True, progress=False) as llm:  # fmt: skip
         expected = answers(llm, voices)
         with cuda_arrays.ballast(LEFT):
-            with pytest.raises(OutOfMemoryError, match=r"adapter: needs .* MiB, cuda has .* few"):
+            with pytest.raises(OutOfMemoryError, match=r"adapter: needs .* MiB, cuda:0 .* few"):
                 llm.load_adapter("wide", tmp_path / "wide")
             assert llm.adapters == sorted(demo.ADAPTERS)
             assert answers(llm, voices) == expected

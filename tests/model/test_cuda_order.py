@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+from helpers.gpu import need_cuda, need_file
 from helpers.order import Found, check_worth, difference, name_of, run
 
 from milpy import LLM, demo
@@ -33,6 +34,12 @@ CHAOS: list[tuple[int, dict[str, str]]] = [
 ]
 
 Calm = Callable[[int], Found]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cuda() -> None:
+    need_cuda()
+    need_file(demo.BASE, "tools/demo_train.py")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ RANKS = (8, 16, 64)
 SHAPES: dict[str, dict[str, int]] = {
     "head_dim_128": {"heads": 4, "kv_heads": 1, "head_dim": 128},
     "head_dim_80": {"heads": 6, "kv_heads": 2, "head_dim": 80},
+    "head_dim_64": {"heads": 4, "kv_heads": 2, "head_dim": 64},
 }
 
 
@@ -49,6 +51,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Rig:
+    base: Path
     model: _C.Model
     adapters: list[int]  # -1 among them: none
     size: Size
@@ -83,6 +86,11 @@ class Rig:
         assert [len(answer) for answer in answers] == [r.max_tokens for r in requests]
         return answers, stats
 
+    def add_adapter(self, rank: int, seed: int) -> int:
+        folder = self.base.parent / f"{rank}-{seed}"
+        write_adapter(folder, self.base, rank=rank, seed=seed, gain=0.3)
+        return self.model.add_adapter(read_adapter(folder, read_model_config(self.base)))
+
     def alone(self, requests: list[Request]) -> list[list[Sample]]:
         """One after the other, op by op."""
         return self.serve(requests, n_seqs=1, deterministic=True, enforce_eager=True)[0]
@@ -98,16 +106,12 @@ def rig(
     write_tiny_llama(base, hidden=256, ffn=512, vocab=VOCAB, max_positions=4096, **shape)
     config = read_model_config(base)
     model = open_model(base, device)
-    adapters = [-1]
-    for rank in RANKS:
-        for seed in (1, 2):
-            path = folder / f"{rank}-{seed}"
-            write_adapter(path, base, rank=rank, seed=seed, gain=0.3)
-            adapters.append(model.add_adapter(read_adapter(path, config)))
     page_bytes = (
         2 * 2 * config.num_hidden_layers * shape["kv_heads"] * size.page * shape["head_dim"]
     )
-    return Rig(model, adapters, size, page_bytes, shape["head_dim"] in (64, 128))
+    made = Rig(base, model, [-1], size, page_bytes, shape["head_dim"] in (64, 128))
+    made.adapters.extend(made.add_adapter(rank, seed) for rank in RANKS for seed in (1, 2))
+    return made
 
 
 def random_request(rig: Rig, rng: np.random.Generator, n_prompt: int, max_tokens: int) -> Request:
@@ -170,6 +174,28 @@ def test_batch_mates_change_no_bit(rig: Rig) -> None:
         mates = traffic(rig, n_seqs)[: n_seqs - len(found)] if n_seqs > 1 else []
         together, _ = rig.serve([*mates, *found], n_seqs=n_seqs, deterministic=True)
         assert together[len(mates) :] == alone, f"in a batch of {n_seqs}"
+
+
+@pytest.mark.parametrize("rig", ["head_dim_64"], indirect=True)
+def test_every_sequence_of_a_batch_may_have_an_adapter_of_its_own(rig: Rig) -> None:
+    """As many segments of LoRA as rows, of ranks up to 64, in graphs and op by op."""
+    rng = np.random.default_rng(4)
+    n = rig.size.crowds[-1]
+    adapters = [rig.add_adapter(1 + 7 * i % 64, 100 + i) for i in range(n)]
+    requests = [
+        Request(rng.integers(0, VOCAB, int(rng.integers(1, 99))).tolist(), 20, adapter=adapter)
+        for adapter in adapters
+    ]
+    together, _ = rig.serve(requests, n_seqs=n, deterministic=True)
+    assert together == rig.alone(requests)
+    eager, _ = rig.serve(requests, n_seqs=n, deterministic=True, enforce_eager=True)
+    assert together == eager
+    base, _ = rig.serve(
+        [Request(r.tokens, r.max_tokens) for r in requests], n_seqs=n, deterministic=True
+    )
+    assert all(a != b for a, b in zip(together, base, strict=True)), "an adapter changed nothing"
+    for adapter in adapters:
+        rig.model.release_adapter(adapter)
 
 
 def test_chunks_of_a_prompt_have_the_bits_of_the_whole(rig: Rig) -> None:

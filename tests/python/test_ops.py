@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import logprobs
 from numpy.typing import NDArray
 
 from milpy import ops
@@ -146,6 +147,36 @@ def test_sample_draws_from_the_filtered_distribution() -> None:
     assert not np.array_equal(got, later)
 
 
+@pytest.mark.parametrize("vocab", logprobs.VOCABS)
+def test_logprobs_are_those_of_log_softmax(vocab: int) -> None:
+    logits, params = logprobs.rows_of(vocab)
+    got = ops.sample_logprobs(logits, params)
+    assert got.tokens.tolist() == ops.sample(logits, params).tolist()
+    assert got.top_tokens.shape == got.top_logprobs.shape == (len(params), 20)
+    logprobs.check(logits, logprobs.ASKED, list(got))
+
+
+@pytest.mark.parametrize("columns", [0, 3])
+def test_logprobs_take_the_room_that_is_given(columns: int) -> None:
+    logits, params = logprobs.rows_of(100)
+    logits[1, 7] = np.nan
+    n = len(params)
+    top_tokens = np.full((n, columns), 99, np.int32)
+    top_logprobs = np.full((n, columns), np.nan, np.float32)
+    got = ops.sample_logprobs(logits, params, top_tokens=top_tokens, top_logprobs=top_logprobs)
+    assert got.top_tokens is top_tokens and got.top_logprobs is top_logprobs
+    assert got.tokens[1] == -1
+    logprobs.check(logits, logprobs.ASKED, list(got))
+
+
+def test_rows_without_logprobs_need_no_room() -> None:
+    got = ops.sample_logprobs(np.zeros((2, 9), np.float32), ops.sampling_params(2))
+    assert got.top_tokens.shape == (2, 0)
+    assert not got.logprobs.any() and not got.ranks.any()
+    none = ops.sample_logprobs(np.zeros((0, 9), np.float32), ops.sampling_params(0))
+    assert [len(x) for x in none] == [0] * 5
+
+
 # ---- refusals ----
 
 
@@ -228,6 +259,34 @@ def test_an_out_that_overlaps_an_input_is_refused() -> None:
         (lambda: ops.linear(np.ones((2, 4), F32), np.ones((3, 4), BITS)), "x is float32"),
         (lambda: ops.linear(np.ones(4, BITS), np.ones((3, 4), BITS)), "x has shape"),
         (lambda: ops.embedding(np.ones(3, np.int64), np.ones((3, 4), BITS)), "tokens is .*int64"),
+        (
+            lambda: ops.sample(np.ones((2, 9), F32), ops.sampling_params(2, n_logprobs=[20, 21])),
+            "row 1 of params has n_logprobs 21, expected -1 to 20",
+        ),
+        (
+            lambda: ops.sample_logprobs(
+                np.ones((2, 9), F32), ops.sampling_params(2, n_logprobs=-2)
+            ),
+            "row 0 of params has n_logprobs -2, expected -1 to 20",
+        ),
+        (
+            lambda: ops.sample_logprobs(
+                np.ones((2, 9), F32), ops.sampling_params(2), top_tokens=np.zeros((2, 21), np.int32)
+            ),
+            "sample_logprobs: top_tokens' columns is 21, expected 0 to 20",
+        ),
+        (
+            lambda: ops.sample_logprobs(
+                np.ones((2, 9), F32), ops.sampling_params(2), top_logprobs=np.zeros((2, 1), F32)
+            ),
+            r"top_logprobs is float32 \[2, 1\], expected float32 \[2, 0\]",
+        ),
+        (
+            lambda: ops.sample_logprobs(
+                np.ones((2, 9), F32), ops.sampling_params(2), ranks=np.zeros(2, F32)
+            ),
+            "ranks is float32 .*, expected int32",
+        ),
         (
             lambda: ops.sample(np.ones((2, 9), F32), ops.sampling_params(2, top_p=0.0)),
             "row 0 of params has temperature 0, top_k 0 and top_p 0, expected",

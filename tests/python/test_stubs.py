@@ -4,6 +4,8 @@ import ast
 import inspect
 from pathlib import Path
 
+import pytest
+
 import milpy
 from milpy import _C
 
@@ -36,14 +38,22 @@ def test_each_class_has_the_same_methods() -> None:
             assert ("__new__" in methods) == ("__new__" in vars(value)), name
 
 
-def test_reports_have_the_keys_that_the_stub_declares() -> None:
-    tree = ast.parse(STUB.read_text())
-    fields = {
+def fields() -> dict[str, set[str]]:
+    """The keys of each TypedDict."""
+    return {
         node.name: {f.target.id for f in node.body
                     if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)}
-        for node in tree.body if isinstance(node, ast.ClassDef)
+        for node in ast.parse(STUB.read_text()).body if isinstance(node, ast.ClassDef)
     }  # fmt: skip
-    assert set(_C.machine_report()) == fields["_MachineReport"]
+
+
+def test_reports_have_the_keys_that_the_stub_declares() -> None:
+    assert set(_C.machine_report()) == fields()["_MachineReport"]
+
+
+@pytest.mark.gpu
+def test_a_gpus_report_has_the_keys_that_the_stub_declares() -> None:
+    assert all(set(gpu) == fields()["_GpuReport"] for gpu in _C.gpu_reports())
 
 
 def test_constants_are_those_that_python_counts_on() -> None:

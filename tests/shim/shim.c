@@ -218,6 +218,7 @@ static mil_status start_loan(shim *s, shim_loan *loan)
     size_t n_bytes = mil_round_up(loan->shape.n_bytes, 2) + LOAN_GUARD_BYTES;
     MIL_TRY(device_of(s)->alloc(s->context.queue, &loan->slab, n_bytes, "a test's array"));
     MIL_TRY(device_of(s)->fill_16(s->context.queue, loan->slab.data, 0xffff, n_bytes / 2));
+    MIL_TRY(device_of(s)->synchronize(s->context.queue)); /* copies wait for no op */
     return loan->how & SHIM_IN ? copy_rows(s, loan, true) : MIL_OK;
 }
 

@@ -11,7 +11,7 @@
 #include "ops/backend.h"
 
 #define SHIM __attribute__((visibility("default")))
-#define SHIM_MAX_LOANS 160
+#define SHIM_MAX_LOANS 1024
 
 /* How an array is lent: its content goes in, comes back, or both. Without SHIM_IN it holds NaN. */
 enum { SHIM_IN = 1, SHIM_BACK = 2, SHIM_BOTH = 3 };

@@ -45,6 +45,7 @@ static void fill_header(mil_plan_header *header, const shim_batch *from, const s
     header->n_page_sets = extras->n_page_sets;
     header->n_adapter_sets = extras->n_adapter_sets;
     header->bucket_segments = extras->n_segments;
+    header->bucket_lora_rows = header->n_lora_rows;
     header->bucket_seqs = larger(from->n_seqs, from->bucket_seqs);
     header->bucket_chunks = n_chunks(from);
     header->bucket_tokens = larger(from->n_tokens, from->bucket_tokens);

@@ -1,4 +1,4 @@
-/* packed_bytes, pack, lora packs, linear, shrink, expand, linear_lora, gate_up_act. */
+/* packed_bytes, pack, pack_dummy, lora packs, linear, shrink, expand, linear_lora, gate_up_act. */
 #include "ops/ops.h"
 #include "shim.h"
 
@@ -17,7 +17,7 @@ typedef struct shim_adapter {
     void *b[MIL_MAX_PARTS];
 } shim_adapter;
 
-#define MAX_ADAPTERS 16
+#define MAX_ADAPTERS 128
 
 /* Segments over one linear; v: [n_lora_rows, n_parts * part_stride]. */
 typedef struct shim_segments {
@@ -35,10 +35,12 @@ SHIM int64_t shim_packed_bytes(shim *s, int32_t N, int32_t K);
 SHIM int64_t shim_lora_bytes(shim *s, bool is_b, int32_t rank, int32_t size);
 SHIM void shim_pack(shim *s, const shim_weight *weight, int32_t part, int32_t row, int32_t n_rows,
                     const void *src, int32_t dtype, int64_t stride);
+SHIM mil_status shim_pack_dummy(shim *s, const shim_weight *weight, int32_t part, int32_t row,
+                                int32_t n_rows, uint64_t stream, uint64_t begin, int64_t stride);
 SHIM void shim_lora_pack(shim *s, bool is_b, void *packed, const uint16_t *src, int32_t rank,
                          int32_t size);
 SHIM mil_status shim_linear(shim *s, void *y, const uint16_t *x, const shim_weight *weight,
-                            int32_t y_dtype, int32_t M, int64_t ldy, int64_t ldx);
+                            int32_t y_dtype, int32_t M, int32_t n_last, int64_t ldy, int64_t ldx);
 SHIM mil_status shim_linear_lora(shim *s, void *y, const uint16_t *x, const shim_weight *weight,
                                  const shim_segments *segments, int32_t what);
 SHIM mil_status shim_gate_up_act(shim *s, uint16_t *out, void *y, const uint16_t *x,
@@ -87,6 +89,22 @@ void shim_pack(shim *s, const shim_weight *from, int32_t part, int32_t row, int3
                                    (void *)(uintptr_t)src, (mil_dtype)dtype, stride);
 }
 
+/* Rows of a GPU's weight. They are made on the calling thread's stream, not the queue's. */
+mil_status shim_pack_dummy(shim *s, const shim_weight *from, int32_t part, int32_t row,
+                           int32_t n_rows, uint64_t stream, uint64_t begin, int64_t stride)
+{
+    const mil_backend *backend = s->context.backend;
+    mil_weight weight = view_weight(s, from);
+    size_t n_bytes = backend->packed_bytes(from->N, from->K);
+    weight.data = shim_lend(s, from->panels, n_bytes, SHIM_BOTH);
+    MIL_TRY(shim_enter(s));
+    mil_status status = backend->device->synchronize(s->context.queue);
+    if (status == MIL_OK)
+        status = backend->pack_dummy(s->context.queue, &weight, part, row, n_rows, stream, begin,
+                                     stride);
+    return shim_leave(s, status);
+}
+
 void shim_lora_pack(shim *s, bool is_b, void *packed, const uint16_t *src, int32_t rank,
                     int32_t size)
 {
@@ -96,13 +114,19 @@ void shim_lora_pack(shim *s, bool is_b, void *packed, const uint16_t *src, int32
         s->context.backend->lora_pack_a(packed, src, size, rank, size);
 }
 
+/* The host's y has the last n_last rows of M. */
 mil_status shim_linear(shim *s, void *y, const uint16_t *x, const shim_weight *from,
-                       int32_t y_dtype, int32_t M, int64_t ldy, int64_t ldx)
+                       int32_t y_dtype, int32_t M, int32_t n_last, int64_t ldy, int64_t ldx)
 {
     mil_weight weight = lend_weight(s, from);
-    size_t item_bytes = mil_dtype_bytes((mil_dtype)y_dtype);
+    size_t row_bytes = (size_t)ldy * mil_dtype_bytes((mil_dtype)y_dtype);
+    shim_shape shape = {.n_rows = (size_t)n_last,
+                        .row_bytes = row_bytes,
+                        .first_bytes = (size_t)(M - n_last) * row_bytes,
+                        .stride_bytes = row_bytes,
+                        .n_bytes = (size_t)M * row_bytes};
     mil_linear_args args = {
-        .y = shim_lend(s, y, (size_t)(M * ldy) * item_bytes, SHIM_BOTH),
+        .y = shim_lend_shaped(s, y, shape, SHIM_BOTH),
         .x = shim_lend(s, x, (size_t)(M * ldx) * sizeof *x, SHIM_IN),
         .weight = &weight,
         .y_dtype = (mil_dtype)y_dtype,

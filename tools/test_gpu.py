@@ -1,0 +1,241 @@
+"""Everything that needs a GPU, in stages, and a table of what ran. `make test-gpu` builds what this
+tests; so does `make test-gpu-here`, for the Python as it is.
+
+    tools/test_gpu.py [--only STAGE,STAGE] [pytest's options, -k attention say]
+
+kernels    tests/kernels, a process for each file
+models     every other test on a GPU, one after another: they measure the GPU's memory
+ptx        tests/kernels on the portable path from PTX, which is what a GPU after Hopper runs
+portable   tests/model on the portable path
+sanitize   tools/sanitize.sh: compute-sanitizer over every kernel
+
+JOBS processes at a time where more than one may run (half as many as cores, at most 8). Where
+there is a GPU, a library or a part of the build that is lacking is a failure (MILPY_TEST_GPU=1),
+and so is a stage that passes nothing. Without a GPU every test skips with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+MARKS = "gpu or multigpu"
+PORTABLE = {"MILPY_CUDA_PATH": "portable"}
+NO_TESTS = 5  # pytest's status where none was selected
+CANNOT_RUN = 77  # tools/sanitize.sh's
+MOST_SHOWN = 20  # failed tests of a stage, by name
+# torch has no PTX of its own kernels.
+NEEDS_TORCHS_KERNELS = "test_python_ops_torch.py"
+
+
+@dataclass
+class Outcome:
+    """Of a process, or of a stage."""
+
+    n_passed: int = 0
+    n_failed: int = 0
+    skips: Counter[str] = field(default_factory=Counter)  # by reason
+    problems: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, other: Outcome) -> None:
+        self.n_passed += other.n_passed
+        self.n_failed += other.n_failed
+        self.skips += other.skips
+        self.problems += other.problems
+
+
+# ---- pytest ----
+
+
+def read_report(path: Path) -> Outcome:
+    """pytest's own JUnit file."""
+    outcome = Outcome()
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcome.n_failed += 1
+            outcome.problems.append(f"{case.get('classname')}::{case.get('name')}")
+        elif skipped is not None:
+            outcome.skips[skipped.get("message", "")] += 1
+        else:
+            outcome.n_passed += 1
+    return outcome
+
+
+def run_pytest(
+    paths: list[str], options: list[str], env: dict[str, str], *, is_shown: bool
+) -> Outcome:
+    """One process. Its output is shown as it comes, or once it has failed."""
+    name, began = " ".join(paths), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={report}", *paths, *options]
+        stdout = None if is_shown else subprocess.PIPE
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True
+        )
+        outcome = read_report(report) if report.exists() else Outcome()
+    said = ""
+    if done.returncode not in (0, NO_TESTS):
+        said = done.stdout or ""
+        outcome.problems.append(f"{name}: pytest ended with {done.returncode}")
+    if not is_shown:
+        counts = f"{outcome.n_passed} passed, {outcome.n_failed} failed"
+        print(f"{said}{name}: {counts} in {time.monotonic() - began:.0f} s", flush=True)
+    return outcome
+
+
+def run_files(paths: Iterable[Path], options: list[str], env: dict[str, str]) -> Outcome:
+    """A process each, JOBS at a time, the largest files first."""
+    jobs = int(os.environ.get("JOBS") or min(8, max(1, (os.cpu_count() or 2) // 2)))
+    names = sorted(paths, key=lambda path: -path.stat().st_size)
+    run = partial(run_pytest, options=options, env=env, is_shown=False)
+    total = Outcome()
+    with ThreadPoolExecutor(jobs) as pool:
+        for outcome in pool.map(run, [[str(path.relative_to(ROOT))] for path in names]):
+            total.add(outcome)
+    return total
+
+
+# ---- stages ----
+
+KERNEL_TESTS = sorted((ROOT / "tests/kernels").glob("test_*.py"))
+
+
+def kernels(options: list[str], env: dict[str, str]) -> Outcome:
+    return run_files(KERNEL_TESTS, options, env)
+
+
+def models(options: list[str], env: dict[str, str]) -> Outcome:
+    rest = ["tests", "--ignore=tests/kernels", "-m", MARKS]
+    return run_pytest(rest, options, env, is_shown=True)
+
+
+def ptx(options: list[str], env: dict[str, str]) -> Outcome:
+    files = [path for path in KERNEL_TESTS if path.name != NEEDS_TORCHS_KERNELS]
+    return run_files(files, options, {**env, **PORTABLE, "CUDA_FORCE_PTX_JIT": "1"})
+
+
+def portable(options: list[str], env: dict[str, str]) -> Outcome:
+    return run_pytest(["tests/model", "-m", MARKS], options, {**env, **PORTABLE}, is_shown=True)
+
+
+def sanitize(options: list[str], env: dict[str, str]) -> Outcome:
+    """The script chooses its tests itself."""
+    outcome, line = Outcome(), ""
+    env = {**env, "PYTHON": sys.executable}
+    command = ["sh", "tools/sanitize.sh"]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            # A line of its table: tool, file, ok or FAILED (status), seconds, what was said.
+            row = re.match(r"(\w+ +\w+) +(ok|FAILED \(\d+\)) +\d+s ", line)
+            if row is None:
+                continue
+            outcome.n_passed += sum(map(int, re.findall(r"(\d+) passed", line)))
+            if row[2] != "ok":
+                outcome.n_failed += 1
+                outcome.problems.append(f"{row[1]}: {row[2]}")
+    if process.returncode == CANNOT_RUN:
+        outcome.skips[line.strip()] += 1
+    elif process.returncode != 0:
+        outcome.problems.append(f"tools/sanitize.sh ended with {process.returncode}")
+    return outcome
+
+
+Stage = Callable[[list[str], dict[str, str]], Outcome]
+STAGES: dict[str, Stage] = {
+    "kernels": kernels,
+    "models": models,
+    "ptx": ptx,
+    "portable": portable,
+    "sanitize": sanitize,
+}
+
+
+def run_stages(names: list[str], options: list[str]) -> dict[str, Outcome]:
+    env = {**os.environ, "MILPY_TEST_GPU": "1"}
+    found: dict[str, Outcome] = {}
+    for name in names:
+        print(f"== {name}", flush=True)
+        began = time.monotonic()
+        outcome = found[name] = STAGES[name](options, env)
+        outcome.seconds = time.monotonic() - began
+        # Options may leave nothing of a stage, and a sanitizer may be unable to run here.
+        may_be_empty = bool(options) or (name == "sanitize" and bool(outcome.skips))
+        if outcome.n_passed == 0 and not may_be_empty:
+            outcome.problems.append("no test passed")
+    return found
+
+
+def skip_all(options: list[str]) -> dict[str, Outcome]:
+    began = time.monotonic()
+    outcome = run_pytest(["tests", "-m", MARKS], options, dict(os.environ), is_shown=True)
+    outcome.seconds = time.monotonic() - began
+    if not options and not outcome.skips:
+        outcome.problems.append("no test was found")
+    return {"all": outcome}
+
+
+# ---- what is printed ----
+
+
+def show_machine() -> None:
+    query = ["--query-gpu=name,driver_version,memory.free,memory.total", "--format=csv,noheader"]
+    try:
+        subprocess.run(["nvidia-smi", *query], check=False)
+    except OSError:
+        print("found no nvidia-smi")
+    print(f"python {sys.version.split()[0]} in {sys.executable}", flush=True)
+
+
+def show_table(found: dict[str, Outcome]) -> None:
+    """Last, below what it sums up."""
+    print()
+    for name, it in found.items():
+        for why, n in it.skips.most_common():
+            print(f"skipped {name}: {n} x {why}")
+    for name, it in found.items():
+        for problem in it.problems[:MOST_SHOWN]:
+            print(f"FAILED {name}: {problem}")
+    print(f"\n{'stage':10} {'passed':>7} {'failed':>7} {'skipped':>7} {'seconds':>8}")
+    for name, it in found.items():
+        counts = f"{it.n_passed:7} {it.n_failed:7} {it.skips.total():7} {it.seconds:8.0f}"
+        print(f"{name:10} {counts}" + ("  FAILED" if it.problems else ""))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        usage="test_gpu.py [--only STAGE,STAGE] [pytest's options]", allow_abbrev=False
+    )
+    parser.add_argument("--only", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
+    arguments, options = parser.parse_known_args()
+    names = arguments.only.split(",")
+    unknown = sorted(set(names) - set(STAGES))
+    if unknown:
+        parser.error(f"--only has {', '.join(unknown)}, expected of {', '.join(STAGES)}")
+    show_machine()
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    found = run_stages(names, options) if has_gpu else skip_all(options)
+    show_table(found)
+    return any(outcome.problems for outcome in found.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

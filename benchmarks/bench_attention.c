@@ -90,9 +90,11 @@ static double seconds_of(machine *all, const shape *s)
                  .n_pages = n_pages,
                  .page_size = PAGE_SIZE,
                  .n_kv_heads = s->n_kv_heads,
-                 .head_dim = s->head_dim};
+                 .head_dim = s->head_dim,
+                 .dtype = MIL_DTYPE_BF16};
     mil_attention_args args = {.out = out,
                                .q = q,
+                               .out_dtype = MIL_DTYPE_BF16,
                                .batch = &batch,
                                .slots = &slots,
                                .kv = &kv,

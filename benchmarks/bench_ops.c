@@ -102,7 +102,8 @@ static void make_step(machine *all, step *s, int32_t n_seqs, int32_t query, int3
                      .n_pages = n_pages,
                      .page_size = PAGE_SIZE,
                      .n_kv_heads = N_KV_HEADS,
-                     .head_dim = D};
+                     .head_dim = D,
+                     .dtype = MIL_DTYPE_BF16};
     s->n_layers = sets_of(2 * (size_t)s->kv.layer_elements * sizeof(uint16_t));
     s->lora = (mil_lora_table){0};
     s->tokens = take_zeroed(all, MAX_TOKENS * sizeof(int32_t));
@@ -262,6 +263,7 @@ static timing row_attention(machine *all, const int32_t *n)
     begin_step(all, &s);
     mil_attention_args args = {.out = take_zeroed(all, q_bytes),
                                .q = take_random(all, q_bytes),
+                               .out_dtype = MIL_DTYPE_BF16,
                                .batch = &s.batch,
                                .slots = &s.slots,
                                .kv = &s.kv,

@@ -7,7 +7,8 @@ order, begin at a multiple of 16 bytes, and what an op writes overlaps nothing e
 
 bfloat16: NumPy has none, so it is given as its bits in `uint16` (`bfloat16()`, `from_bfloat16()`),
 or as `ml_dtypes.bfloat16`. What one product hands to the next op (`residual`, `gate_up`, `qkv`,
-`y`) is bfloat16; on the CPU it may be float32 as well, and is then not rounded.
+`y`) is bfloat16; on the CPU it may be float32 as well, and is then not rounded. A KV cache may be
+float16 instead; then the q beside it and attention's result are float16 too.
 
 `out=None` allocates for NumPy arrays; other arrays need `out`. Each op returns what it wrote.
 
@@ -176,6 +177,11 @@ def _empty(op: str, beside: Array, shape: Sequence[int], dtype: object) -> NDArr
 def _bfloat16_like(x: Array) -> object:
     """x's bfloat16 where it is one, else uint16."""
     return x.dtype if getattr(x.dtype, "name", "") == "bfloat16" else np.uint16
+
+
+def _cached_like(x: Array) -> object:
+    """float16 where x is, else its bfloat16."""
+    return np.float16 if x.dtype == np.float16 else _bfloat16_like(x)
 
 
 # ---- ops without a batch ----
@@ -466,11 +472,11 @@ def rope_and_cache(
     """out = `rope` of q; `rope` of k and v itself go to the rows of their pages, rounded once.
 
     qkv [T, (N + 2 K) D] bfloat16 (float32 too on the CPU), q then k then v; positions, cos, sin and
-    interleaved as in `rope`; k_cache, v_cache [n_pages, K, P, D] bfloat16, written, P a power of
-    two from 16 to 256, D a multiple of 8 up to 256; page_table [S, max_pages] int32; query_indptr
-    [S + 1] int32, the sequences' first rows of T, from 0 to T; kv_lengths [S] int32, these tokens
-    included: token i of a sequence's n goes to row kv_length - n + i of its pages; out [T, N, D]
-    bfloat16.
+    interleaved as in `rope`; k_cache, v_cache [n_pages, K, P, D] bfloat16 or float16, written, P a
+    power of two from 16 to 256, D a multiple of 8 up to 256; page_table [S, max_pages] int32;
+    query_indptr [S + 1] int32, the sequences' first rows of T, from 0 to T; kv_lengths [S] int32,
+    these tokens included: token i of a sequence's n goes to row kv_length - n + i of its pages; out
+    [T, N, D] of the caches' dtype. Float16 cannot hold 65520 and more: such values become infinite.
 
     On a GPU a token whose page or length is bad is not written to the cache, and a start outside
     0 .. T is that of the sequence before. Pages as in PagedAttention (Kwon et al. 2023). Device,
@@ -480,7 +486,7 @@ def rope_and_cache(
         T, width = _sizes("rope_and_cache", "qkv", qkv, 2)
         _, K, _, D = _sizes("rope_and_cache", "k_cache", k_cache, 4)
         N = max(width // max(D, 1) - 2 * K, 0)
-        out = _empty("rope_and_cache", qkv, (T, N, D), np.uint16)
+        out = _empty("rope_and_cache", qkv, (T, N, D), _cached_like(k_cache))
     arrays = [out, qkv, positions, cos, sin]
     arrays += [k_cache, v_cache, page_table, query_indptr, kv_lengths]
     _run(_C.op_rope_and_cache, arrays, interleaved, device=device, stream=stream)
@@ -507,15 +513,15 @@ def attention(
 ) -> Array:
     """Causal attention of each sequence's queries over its pages: softmax(scale q k^T) v.
 
-    q [T, N, D] bfloat16, N a multiple of K; k_cache, v_cache, page_table, query_indptr and
-    kv_lengths as in `rope_and_cache`; out [T, N, D] bfloat16. Query i of a sequence's n sees keys
-    below kv_length - n + i + 1, of those the last `window` (0: all). scale: 1 / sqrt(D) if None.
-    softcap c > 0: scores become c tanh(score / c). Online softmax in float32 (Dao 2023,
-    FlashAttention-2), grouped heads. On a GPU a bad page or length gives the rows of its sequence
-    some value, a bad start those of two. Device, stream, errors: see this module.
+    q [T, N, D], N a multiple of K; k_cache, v_cache, page_table, query_indptr and kv_lengths as in
+    `rope_and_cache`; out [T, N, D]; q, the caches and out all bfloat16 or all float16. Query i of a
+    sequence's n sees keys below kv_length - n + i + 1, of those the last `window` (0: all). scale:
+    1 / sqrt(D) if None. softcap c > 0: scores become c tanh(score / c). Online softmax in float32
+    (Dao 2023, FlashAttention-2), grouped heads. On a GPU a bad page or length gives the rows of its
+    sequence some value, a bad start those of two. Device, stream, errors: see this module.
     """
     if out is None:
-        out = _empty("attention", q, _sizes("attention", "q", q, 3), _bfloat16_like(q))
+        out = _empty("attention", q, _sizes("attention", "q", q, 3), _cached_like(q))
     if scale is None:
         scale = float(max(_sizes("attention", "q", q, 3)[2], 1)) ** -0.5
     arrays = [out, q, k_cache, v_cache, page_table, query_indptr, kv_lengths]

@@ -335,10 +335,11 @@ mil_status mil_cpu_attention(mil_context *context, const mil_attention_args *arg
 {
     const mil_kv *kv = args->kv;
     const mil_batch *batch = args->batch;
+    const mil_cpu_kernels *kernels = mil_cpu_kernels_of(context);
     int32_t n_threads = mil_cpu_n_threads(context);
     attention_job job = {
         .args = args,
-        .kernels = mil_cpu_kernels_of(context)->attention,
+        .kernels = kv->dtype == MIL_DTYPE_F16 ? kernels->attention_f16 : kernels->attention,
         .n_seqs = batch->header->n_seqs,
         .group = args->n_heads / kv->n_kv_heads,
     };

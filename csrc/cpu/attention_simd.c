@@ -3,13 +3,14 @@
  *
  *   c_j = chain over d pairs ascending, odd d first, of q_d k_jd
  *   m' = max(m, scale * max of c_j), a = e^(m - m')
- *   p_j = bf16(e^(fma(c_j, scale, -m'))), masked p_j = 0
+ *   p_j = round(e^(fma(c_j, scale, -m'))), masked p_j = 0
  *   l = l a + p_j in lane j mod 16
  *   o_d = o_d a, then chain over key pairs ascending, odd first, of p_j v_jd
  *
  * With a softcap c_j is cap * tanh(c_j scale / cap) and scale is 1 from there on. At a split's end
- * l is summed by the tree. All of it is float32; q, k, v, p hold bfloat16 values. p's halves round
- * away from zero, and l sums the rounded p, so that the weights add up to one.
+ * l is summed by the tree. All of it is float32; q, k, v, p hold bfloat16 values, or float16 ones
+ * where attention_f16_simd.c compiles this file once more. p's halves round away from zero, as
+ * float16 to even, and l sums the rounded p, so that the weights add up to one.
  *
  * A masked key counts as p = 0 and v = 0: rows of a page that no row sees may hold NaN. Skipping a
  * key that a row does not see changes nothing but a zero's sign, which finish() sets.
@@ -38,8 +39,22 @@
 #define DIRECT_ROWS 2
 #endif
 
-/* How the scratch holds a pair of bfloat16: one dword for vdpbf16ps, else two float32 for fma. */
-#ifdef MIL_ISA_AVX512BF16
+#ifdef MIL_ATTENTION_F16
+#define KERNELS mil_cpu_attention_f16_kernels
+#define PAIR_EVEN lanes_pair_even_f16
+#define PAIR_ODD lanes_pair_odd_f16
+#define LOAD_ITEMS_N lanes_load_f16_n
+#define ROUND_WEIGHTS lanes_round_f16
+#else
+#define KERNELS mil_cpu_attention_kernels
+#define PAIR_EVEN lanes_pair_even
+#define PAIR_ODD lanes_pair_odd
+#define LOAD_ITEMS_N lanes_load_bf16_n
+#define ROUND_WEIGHTS lanes_round_bf16_away
+#endif
+
+/* How the scratch holds a pair of items: one dword for vdpbf16ps, else two float32 for fma. */
+#if defined(MIL_ISA_AVX512BF16) && !defined(MIL_ATTENTION_F16)
 #define PAIR_ITEMS 1
 #else
 #define PAIR_ITEMS 2
@@ -109,7 +124,7 @@ static int32_t width_of(int32_t head_dim)
     return (head_dim + 31) / 32 * 32;
 }
 
-/* 16 dwords of a row of bfloat16, or the n that it has. */
+/* 16 dwords of a row of K or V, or the n that it has. */
 static mil_lanes load_dwords(const uint16_t *row, int32_t n)
 {
     const float *dwords = (const float *)(const void *)row;
@@ -130,7 +145,7 @@ static void load_queries(const mil_cpu_attention_tile *tile)
 #else
         for (int32_t d = 0; d < n; d += MIL_LANES) {
             int width = n - d < MIL_LANES ? n - d : MIL_LANES;
-            lanes_store_n(to + d, lanes_load_bf16_n(from + d, width), width);
+            lanes_store_n(to + d, LOAD_ITEMS_N(from + d, width), width);
         }
 #endif
     }
@@ -153,8 +168,8 @@ static void load_16_keys(float *k, const uint16_t *rows, const uint16_t *next, i
 #if PAIR_ITEMS == 1
             lanes_store(to, m[j]);
 #else
-            lanes_store(to, lanes_pair_even(m[j]));
-            lanes_store(to + BLOCK, lanes_pair_odd(m[j]));
+            lanes_store(to, PAIR_EVEN(m[j]));
+            lanes_store(to + BLOCK, PAIR_ODD(m[j]));
 #endif
         }
     }
@@ -186,10 +201,10 @@ static void load_values(const mil_cpu_attention_tile *tile, const block_rows *ro
             lanes_store(to, lanes_zip_low(a, b));
             lanes_store(to + MIL_LANES, lanes_zip_high(a, b));
 #else
-            lanes_store(to, lanes_pair_even(a));
-            lanes_store(to + MIL_LANES, lanes_pair_odd(a));
-            lanes_store(to + width, lanes_pair_even(b));
-            lanes_store(to + width + MIL_LANES, lanes_pair_odd(b));
+            lanes_store(to, PAIR_EVEN(a));
+            lanes_store(to + MIL_LANES, PAIR_ODD(a));
+            lanes_store(to + width, PAIR_EVEN(b));
+            lanes_store(to + width + MIL_LANES, PAIR_ODD(b));
 #endif
         }
     }
@@ -317,10 +332,10 @@ LANES_INLINE void direct_tile(int n_rows, int n_chunks, float *o, const float *p
             v[0][2 * c] = lanes_zip_low(a, b);
             v[0][2 * c + 1] = lanes_zip_high(a, b);
 #else
-            v[0][2 * c] = lanes_pair_even(a);
-            v[0][2 * c + 1] = lanes_pair_odd(a);
-            v[1][2 * c] = lanes_pair_even(b);
-            v[1][2 * c + 1] = lanes_pair_odd(b);
+            v[0][2 * c] = PAIR_EVEN(a);
+            v[0][2 * c + 1] = PAIR_ODD(a);
+            v[1][2 * c] = PAIR_EVEN(b);
+            v[1][2 * c + 1] = PAIR_ODD(b);
 #endif
         }
 #pragma GCC unroll 2
@@ -391,7 +406,7 @@ LANES_INLINE void weigh(float *scores, int32_t n_vectors, float scale, float m, 
 #pragma GCC unroll 4
     for (int32_t j = 0; j < n_vectors; j++) {
         mil_lanes c = lanes_load(scores + j * MIL_LANES);
-        mil_lanes p = lanes_round_bf16_away(lanes_exp_coarse(lanes_fma(c, factor, below)));
+        mil_lanes p = ROUND_WEIGHTS(lanes_exp_coarse(lanes_fma(c, factor, below)));
         sum = lanes_add(sum, p);
 #if PAIR_ITEMS == 1
         lanes_store_pairs(scores + j * MIL_LANES / 2, p);
@@ -552,7 +567,18 @@ static void merge(const mil_cpu_attention_part *total, const mil_cpu_attention_p
     }
 }
 
-/* out = bf16(o * (1 / l) + 0); the zero turns -0 into +0. */
+/* Dwords of two results. */
+LANES_INLINE mil_lanes join_results(const mil_attention_args *args, mil_lanes even, mil_lanes odd)
+{
+#ifdef MIL_ATTENTION_F16
+    if (args->out_dtype == MIL_DTYPE_F16)
+        return lanes_join_pairs_f16(even, odd);
+#endif
+    (void)args;
+    return lanes_join_pairs(lanes_round_bf16(even), lanes_round_bf16(odd));
+}
+
+/* out = round(o * (1 / l) + 0); the zero turns -0 into +0. */
 static void finish(const mil_cpu_attention_tile *tile, const mil_cpu_attention_part *total)
 {
     int32_t D = tile->args->kv->head_dim, width = width_of(D);
@@ -564,13 +590,13 @@ static void finish(const mil_cpu_attention_tile *tile, const mil_cpu_attention_p
         for (int32_t d = 0; d < D; d += 32) {
             mil_lanes even = lanes_fma(lanes_load(o + d), factor, lanes_zero());
             mil_lanes odd = lanes_fma(lanes_load(o + d + 16), factor, lanes_zero());
-            mil_lanes both = lanes_join_pairs(lanes_round_bf16(even), lanes_round_bf16(odd));
+            mil_lanes both = join_results(tile->args, even, odd);
             lanes_store_n((float *)(void *)(out + d), both, D - d < 32 ? (D - d) / 2 : MIL_LANES);
         }
     }
 }
 
-const mil_cpu_attention_kernels MIL_CPU_NAME(mil_cpu_attention_kernels) = {
+const mil_cpu_attention_kernels MIL_CPU_NAME(KERNELS) = {
     .load_queries = load_queries,
     .split = split,
     .merge = merge,

@@ -111,7 +111,8 @@ typedef struct mil_cpu_rope_kernels {
                    int32_t head_dim, int32_t rotary_dim, bool is_interleaved);
     void (*round)(uint16_t *out, const float *x, int32_t n);
 } mil_cpu_rope_kernels;
-MIL_CPU_DECLARE(mil_cpu_rope_kernels, mil_cpu_rope_kernels);
+MIL_CPU_DECLARE(mil_cpu_rope_kernels, mil_cpu_rope_kernels); /* to bfloat16 */
+MIL_CPU_DECLARE(mil_cpu_rope_kernels, mil_cpu_rope_f16_kernels);
 
 typedef struct mil_cpu_act_kernels {
     /* One row. gate_up: [2 F], groups of `interleave` columns alternating; 0: gate then up. */
@@ -171,7 +172,8 @@ typedef struct mil_cpu_attention_kernels {
                   int32_t n_rows, int32_t width);
     void (*finish)(const mil_cpu_attention_tile *tile, const mil_cpu_attention_part *total);
 } mil_cpu_attention_kernels;
-MIL_CPU_DECLARE(mil_cpu_attention_kernels, mil_cpu_attention_kernels);
+MIL_CPU_DECLARE(mil_cpu_attention_kernels, mil_cpu_attention_kernels); /* of bfloat16 pages */
+MIL_CPU_DECLARE(mil_cpu_attention_kernels, mil_cpu_attention_f16_kernels);
 
 #define MIL_CPU_SAMPLE_BLOCK 64 /* logits of one maximum */
 
@@ -198,9 +200,9 @@ typedef struct mil_cpu_kernels {
     const mil_cpu_lora_kernels *lora;
     const mil_cpu_pack_kernels *pack;
     const mil_cpu_norm_kernels *norm;
-    const mil_cpu_rope_kernels *rope;
+    const mil_cpu_rope_kernels *rope, *rope_f16;
     const mil_cpu_act_kernels *act;
-    const mil_cpu_attention_kernels *attention;
+    const mil_cpu_attention_kernels *attention, *attention_f16;
     const mil_cpu_sample_kernels *sample;
 } mil_cpu_kernels;
 MIL_CPU_DECLARE(mil_cpu_kernels, mil_cpu_kernels);

@@ -22,8 +22,10 @@
         .pack = &mil_cpu_pack_kernels_##isa,                                                       \
         .norm = &mil_cpu_norm_kernels_##isa,                                                       \
         .rope = &mil_cpu_rope_kernels_##isa,                                                       \
+        .rope_f16 = &mil_cpu_rope_f16_kernels_##isa,                                               \
         .act = &mil_cpu_act_kernels_##isa,                                                         \
         .attention = &mil_cpu_attention_kernels_##isa,                                             \
+        .attention_f16 = &mil_cpu_attention_f16_kernels_##isa,                                     \
         .sample = &mil_cpu_sample_kernels_##isa,                                                   \
     }
 

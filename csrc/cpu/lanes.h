@@ -8,6 +8,8 @@
  */
 #pragma once
 
+#include "base/f16.h"
+
 #include <stdint.h>
 #include <string.h>
 
@@ -169,6 +171,35 @@ LANES_INLINE void lanes_store_bf16_n(uint16_t *p, mil_lanes a, int n)
 LANES_INLINE mil_lanes lanes_join_pairs(mil_lanes even, mil_lanes odd)
 {
     return lanes_of_bits(_mm512_or_si512(_mm512_srli_epi32(lanes_bits(even), 16), lanes_bits(odd)));
+}
+LANES_INLINE mil_lanes lanes_pair_even_f16(mil_lanes a)
+{
+    return lanes_of(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(lanes_bits(a))));
+}
+LANES_INLINE mil_lanes lanes_pair_odd_f16(mil_lanes a)
+{
+    return lanes_of(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(lanes_bits(a), 16))));
+}
+LANES_INLINE __m256i lanes_narrow_f16(mil_lanes a)
+{
+    return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
+}
+LANES_INLINE mil_lanes lanes_round_f16(mil_lanes a)
+{
+    return lanes_of(_mm512_cvtph_ps(lanes_narrow_f16(a)));
+}
+LANES_INLINE mil_lanes lanes_load_f16_n(const uint16_t *p, int n)
+{
+    return lanes_of(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_mask(n), p)));
+}
+LANES_INLINE void lanes_store_f16_n(uint16_t *p, mil_lanes a, int n)
+{
+    _mm256_mask_storeu_epi16(p, lanes_mask(n), lanes_narrow_f16(a));
+}
+LANES_INLINE mil_lanes lanes_join_pairs_f16(mil_lanes even, mil_lanes odd)
+{
+    __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(lanes_narrow_f16(odd)), 16);
+    return lanes_of_bits(_mm512_or_si512(_mm512_cvtepu16_epi32(lanes_narrow_f16(even)), high));
 }
 LANES_INLINE mil_lanes lanes_zip_low(mil_lanes a, mil_lanes b)
 {
@@ -418,6 +449,58 @@ LANES_INLINE void lanes_store_bf16_n(uint16_t *p, mil_lanes a, int n)
     _mm256_storeu_si256((__m256i *)whole, packed);
     memcpy(p, whole, (size_t)n * sizeof *p);
 }
+/* 16 dwords below 2^16 as words. */
+LANES_INLINE __m256i lanes_words(__m256i lo, __m256i hi)
+{
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
+}
+LANES_INLINE mil_lanes lanes_widen_f16(__m256i words)
+{
+    return lanes_of(_mm256_cvtph_ps(_mm256_castsi256_si128(words)),
+                    _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1)));
+}
+LANES_INLINE __m256i lanes_narrow_f16(mil_lanes a)
+{
+    return _mm256_set_m128i(_mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
+}
+LANES_INLINE mil_lanes lanes_pair_even_f16(mil_lanes a)
+{
+    __m256i mask = _mm256_set1_epi32(0xffff);
+    return lanes_widen_f16(
+        lanes_words(_mm256_and_si256(lanes_lo(a), mask), _mm256_and_si256(lanes_hi(a), mask)));
+}
+LANES_INLINE mil_lanes lanes_pair_odd_f16(mil_lanes a)
+{
+    return lanes_widen_f16(
+        lanes_words(_mm256_srli_epi32(lanes_lo(a), 16), _mm256_srli_epi32(lanes_hi(a), 16)));
+}
+LANES_INLINE mil_lanes lanes_round_f16(mil_lanes a)
+{
+    return lanes_widen_f16(lanes_narrow_f16(a));
+}
+LANES_INLINE mil_lanes lanes_load_f16_n(const uint16_t *p, int n)
+{
+    uint16_t whole[MIL_LANES] = {0};
+    memcpy(whole, p, (size_t)n * sizeof *p);
+    return lanes_widen_f16(_mm256_loadu_si256((const __m256i *)whole));
+}
+LANES_INLINE void lanes_store_f16_n(uint16_t *p, mil_lanes a, int n)
+{
+    uint16_t whole[MIL_LANES];
+    _mm256_storeu_si256((__m256i *)whole, lanes_narrow_f16(a));
+    memcpy(p, whole, (size_t)n * sizeof *p);
+}
+LANES_INLINE mil_lanes lanes_join_pairs_f16(mil_lanes even, mil_lanes odd)
+{
+    __m256i a = lanes_narrow_f16(even), b = lanes_narrow_f16(odd);
+    __m256i a_lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(a));
+    __m256i a_hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1));
+    __m256i b_lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(b));
+    __m256i b_hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(b, 1));
+    return lanes_of_bits(_mm256_or_si256(a_lo, _mm256_slli_epi32(b_lo, 16)),
+                         _mm256_or_si256(a_hi, _mm256_slli_epi32(b_hi, 16)));
+}
 LANES_INLINE __m256 lanes_times_two_to_half(__m256 p, __m256 t, __m256 x, __m256 low)
 {
     __m256i n = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
@@ -655,6 +738,42 @@ LANES_INLINE void lanes_store_bf16_n(uint16_t *p, mil_lanes a, int n)
     for (int i = 0; i < n; i++)
         p[i] = (uint16_t)(lane_bits(a.v[i]) >> 16);
 }
+LANES_INLINE mil_lanes lanes_pair_even_f16(mil_lanes a)
+{
+    LANES_EACH a.v[i] = mil_f16_to_float((uint16_t)lane_bits(a.v[i]));
+    return a;
+}
+LANES_INLINE mil_lanes lanes_pair_odd_f16(mil_lanes a)
+{
+    LANES_EACH a.v[i] = mil_f16_to_float((uint16_t)(lane_bits(a.v[i]) >> 16));
+    return a;
+}
+LANES_INLINE mil_lanes lanes_round_f16(mil_lanes a)
+{
+    LANES_EACH a.v[i] = mil_f16_to_float(mil_f16_from_float(a.v[i]));
+    return a;
+}
+LANES_INLINE mil_lanes lanes_load_f16_n(const uint16_t *p, int n)
+{
+    mil_lanes r = {{0}};
+    for (int i = 0; i < n; i++)
+        r.v[i] = mil_f16_to_float(p[i]);
+    return r;
+}
+LANES_INLINE void lanes_store_f16_n(uint16_t *p, mil_lanes a, int n)
+{
+    for (int i = 0; i < n; i++)
+        p[i] = mil_f16_from_float(a.v[i]);
+}
+LANES_INLINE mil_lanes lanes_join_pairs_f16(mil_lanes even, mil_lanes odd)
+{
+    LANES_EACH
+    {
+        uint32_t high = (uint32_t)mil_f16_from_float(odd.v[i]) << 16;
+        even.v[i] = lane_of_bits(mil_f16_from_float(even.v[i]) | high);
+    }
+    return even;
+}
 LANES_INLINE mil_lanes lanes_times_two_to(mil_lanes p, mil_lanes t, mil_lanes x, mil_lanes low)
 {
     LANES_EACH
@@ -699,6 +818,10 @@ LANES_INLINE void lanes_transpose(mil_lanes m[MIL_LANES])
  *   lanes_round_bf16             nearest even, still float32; a NaN stays a quiet NaN
  *   lanes_round_bf16_away        nearest, halves away from zero: two operations, not seven
  *   lanes_join_pairs(even, odd)  dwords of two bfloat16, of lanes with such values
+ *   lanes_pair_even_f16, _odd_f16   as lanes_pair_even, of dwords of two float16
+ *   lanes_round_f16              nearest even, still float32; subnormals of float16 are kept
+ *   lanes_join_pairs_f16         dwords of two float16, of any lanes: rounds them
+ *   lanes_load_f16_n, _store_f16_n   n of float16, widened; rounded to it
  *   lanes_zip_low, _high(a, b)   AVX-512: dwords (a, b) of the low, or high, halves of a's and b's
  *   lanes_store_pairs            AVX-512: upper halves of lanes, two to a dword, to p[0 .. 8)
  *   lanes_dot_pairs(sum, a, b)   AVX-512-BF16: fma of dwords' odd items, then of the even

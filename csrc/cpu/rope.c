@@ -53,7 +53,8 @@ static void rope_share(void *argument, int32_t thread, int32_t n_threads)
 
 mil_status mil_cpu_rope_write(mil_context *context, const mil_rope_write_args *args)
 {
-    rope_job job = {args, mil_cpu_kernels_of(context)->rope};
+    const mil_cpu_kernels *kernels = mil_cpu_kernels_of(context);
+    rope_job job = {args, args->kv->dtype == MIL_DTYPE_F16 ? kernels->rope_f16 : kernels->rope};
     int64_t width = (args->n_heads + 2 * args->kv->n_kv_heads) * args->kv->head_dim;
     mil_cpu_run_sized(context, rope_share, &job, args->batch->header->n_tokens * width);
     return MIL_OK;

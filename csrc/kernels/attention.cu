@@ -1,9 +1,10 @@
 /* Flash attention over paged KV, portable path: prefill chunks and split decode rows in one kernel.
  *
  * out[t, n] = sum_j softmax_j(scale * q[t, n] . k[j]) v[j] over the keys that query t sees; softcap
- * and window as backend.h says. out, q: [T, N, D] bf16; pages [page][kv head][row][D] bf16. Scores,
- * running maximum, sum and O are fp32; P is rounded to bf16, and the sum is the tensor cores' sum
- * of those rounded P (a column of ones beside V), so that both halves of the quotient round alike.
+ * and window as backend.h says. q: [T, N, D] and pages [page][kv head][row][D] of bf16, or of f16;
+ * out: [T, N, D] bf16, over pages of f16 either. Scores, running maximum, sum and O are fp32; P is
+ * rounded as K and V are, and the sum is the tensor cores' sum of those rounded P (a column of ones
+ * beside V), so that both halves of the quotient round alike.
  *
  * A persistent grid walks attention.cuh's list by attention_stream.cuh. Tiles of more than 16 rows:
  * a warp has 16 rows and all keys. Tiles of at most 16 rows (decode rows, tails): warps share the
@@ -16,7 +17,12 @@
 
 #include "kernels/attention_stream.cuh"
 
-#define ONES 0x3f803f80u /* two bf16 */
+/* Two ones of the pages' dtype. */
+template <class Shape>
+static __device__ __forceinline__ uint32_t ones()
+{
+    return Shape::DTYPE == MIL_DTYPE_F16 ? 0x3c003c00u : 0x3f803f80u;
+}
 
 /* ---- q ---- */
 
@@ -99,8 +105,8 @@ static __device__ __forceinline__ void find_scores(float (&s)[N_KEYS / 8][4],
         for (int i = 0; i < N_KEYS / 16; i++) {
             uint32_t b[4];
             mil_ldmatrix4(b, k + i * 16 * Shape::STRIDE + d * 32);
-            mil_mma(s[2 * i], a, b[0], b[1]);
-            mil_mma(s[2 * i + 1], a, b[2], b[3]);
+            mil_mma<Shape::DTYPE>(s[2 * i], a, b[0], b[1]);
+            mil_mma<Shape::DTYPE>(s[2 * i + 1], a, b[2], b[3]);
         }
     }
 }
@@ -160,10 +166,12 @@ shape_scores(float (&s)[N][4], float (&top)[2], const attention_params &p, const
     }
 }
 
+template <class Shape>
 static __device__ __forceinline__ uint32_t weights(float low, float high, float factor,
                                                    float maximum)
 {
-    return mil_pack2(mil_exp2(fmaf(low, factor, -maximum)), mil_exp2(fmaf(high, factor, -maximum)));
+    return mil_pack2<Shape::DTYPE>(mil_exp2(fmaf(low, factor, -maximum)),
+                                   mil_exp2(fmaf(high, factor, -maximum)));
 }
 
 /* The state of a warp's rows. */
@@ -216,7 +224,8 @@ find_weights(row_state<Shape> &state, uint32_t (&weight)[Shape::KEY_STEPS][4],
         for (int j = 0; j < 4; j++) {
             const float (&from)[4] = s[2 * i + j / 2];
             const int r = j % 2;
-            weight[i][j] = weights(from[2 * r], from[2 * r + 1], p.scale.factor, state.maximum[r]);
+            weight[i][j] =
+                weights<Shape>(from[2 * r], from[2 * r + 1], p.scale.factor, state.maximum[r]);
         }
 }
 
@@ -255,7 +264,7 @@ share_weights(row_state<Shape> &state, attention_shares *shares,
             for (int r = 0; r < 2; r++)
                 *(uint32_t *)&shares
                      ->p[(lane / 4 + 8 * r) * P_STRIDE + 16 * warp + 8 * i + 2 * (lane % 4)] =
-                    weights(s[i][2 * r], s[i][2 * r + 1], p.scale.factor, state.maximum[r]);
+                    weights<Shape>(s[i][2 * r], s[i][2 * r + 1], p.scale.factor, state.maximum[r]);
 }
 
 /* o0, o1 += P V for 16 columns; v: this lane's address in the first 16 keys at those columns. */
@@ -265,8 +274,8 @@ static __device__ __forceinline__ void add_values(float (&o0)[4], float (&o1)[4]
 {
     uint32_t b[4];
     mil_ldmatrix4_trans(b, v + i * 16 * Shape::STRIDE);
-    mil_mma(o0, weight, b[0], b[1]);
-    mil_mma(o1, weight, b[2], b[3]);
+    mil_mma<Shape::DTYPE>(o0, weight, b[0], b[1]);
+    mil_mma<Shape::DTYPE>(o1, weight, b[2], b[3]);
 }
 
 template <class Shape>
@@ -276,7 +285,7 @@ add_weights(row_state<Shape> &state, const uint32_t (&weight)[Shape::KEY_STEPS][
     shrink(state);
 #pragma unroll
     for (int i = 0; i < Shape::KEY_STEPS; i++) {
-        mil_mma(state.sum, weight[i], ONES, ONES);
+        mil_mma<Shape::DTYPE>(state.sum, weight[i], ones<Shape>(), ones<Shape>());
 #pragma unroll
         for (int d = 0; d < Shape::D_STEPS; d++)
             add_values<Shape>(state.o[2 * d], state.o[2 * d + 1], weight[i], v + 32 * d, i);
@@ -295,7 +304,7 @@ add_shared_weights(row_state<Shape> &state, const attention_shares *shares, cons
     for (int i = 0; i < Shape::KEY_STEPS; i++) {
         uint32_t weight[4];
         mil_ldmatrix4(weight, &shares->p[lane % 16 * P_STRIDE + 16 * i + 8 * (lane / 16)]);
-        mil_mma(state.sum, weight, ONES, ONES);
+        mil_mma<Shape::DTYPE>(state.sum, weight, ones<Shape>(), ones<Shape>());
 #pragma unroll
         for (int d = 0; d < Shape::OWN_STEPS; d++)
             if (warp + d * Shape::WARPS < Shape::D_STEPS)
@@ -308,18 +317,20 @@ add_shared_weights(row_state<Shape> &state, const attention_shares *shares, cons
 
 /* 16 columns from `column` on of the lane's two rows; a neighbour's half makes each store 8 bytes.
  */
-static __device__ __forceinline__ void store_results(uint16_t *const (&to)[2], const float (&o0)[4],
-                                                     const float (&o1)[4],
-                                                     const float (&inverse)[2], int32_t column,
-                                                     int32_t head_dim)
+template <class Shape>
+static __device__ __forceinline__ void
+store_results(uint16_t *const (&to)[2], const float (&o0)[4], const float (&o1)[4],
+              const float (&inverse)[2], int32_t column, int32_t head_dim, mil_dtype out_dtype)
 {
     const int32_t lane = threadIdx.x % MIL_WARP;
     const bool is_odd = (lane & 1) != 0;
     column += (is_odd ? 8 : 0) + 2 * (lane & 2);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const uint32_t left = mil_pack2(o0[2 * r] * inverse[r], o0[2 * r + 1] * inverse[r]);
-        const uint32_t right = mil_pack2(o1[2 * r] * inverse[r], o1[2 * r + 1] * inverse[r]);
+        const uint32_t left = mil_attention_pack2<Shape::DTYPE>(
+            o0[2 * r] * inverse[r], o0[2 * r + 1] * inverse[r], out_dtype);
+        const uint32_t right = mil_attention_pack2<Shape::DTYPE>(
+            o1[2 * r] * inverse[r], o1[2 * r + 1] * inverse[r], out_dtype);
         const uint32_t got = __shfl_xor_sync(0xffffffffu, is_odd ? left : right, 1);
         if (to[r] != NULL && column < head_dim)
             *(uint2 *)(to[r] + column) = is_odd ? make_uint2(got, right) : make_uint2(left, got);
@@ -360,7 +371,8 @@ static __device__ __forceinline__ void finish_rows(const row_state<Shape> &state
     }
 #pragma unroll
     for (int i = 0; i < Shape::D_STEPS; i++)
-        store_results(to, state.o[2 * i], state.o[2 * i + 1], inverse, 16 * i, p.head_dim);
+        store_results<Shape>(to, state.o[2 * i], state.o[2 * i + 1], inverse, 16 * i, p.head_dim,
+                             p.out_dtype);
 }
 
 /* A tile of at most 16 rows: this warp's columns; and if it is one of several splits, the sum of
@@ -399,16 +411,17 @@ finish_columns(const row_state<Shape> &state, const attention_params &p, attenti
         if (is_part)
             store_partials(part, state.o[2 * i], state.o[2 * i + 1], column, p.head_dim);
         else
-            store_results(to, state.o[2 * i], state.o[2 * i + 1], inverse, column, p.head_dim);
+            store_results<Shape>(to, state.o[2 * i], state.o[2 * i + 1], inverse, column,
+                                 p.head_dim, p.out_dtype);
     }
     if (!is_part ||
         !mil_attention_is_last(&p.counters[(int64_t)item->counter * p.n_kv_heads + queued->kv_head],
                                item->n_splits, &shared->is_last))
         return;
     for (int32_t row = warp; row < item->n_rows; row += Shape::WARPS)
-        mil_attention_merge(
+        mil_attention_merge<Shape::DTYPE>(
             p.out + mil_attention_row(item, queued->kv_head, row, p.group, p.n_heads) * p.head_dim,
-            p.partials, first_partial + row, p.n_heads, item->n_splits, p.head_dim);
+            p.partials, first_partial + row, p.n_heads, item->n_splits, p.head_dim, p.out_dtype);
 }
 
 /* ---- the kernel ---- */
@@ -490,23 +503,19 @@ static mil_status launch(mil_context *context, const attention_params &params, i
 
 /* Instances: head size, warps (16 rows each), blocks of an SM, tiles in the ring. Rows as
  * mil_attention_tile_rows says. */
-typedef attention_shape<64, 8, 2, 4, false> shape_64; /* 128 rows: 128 registers suffice */
-typedef attention_shape<80, 6, 2, 4, false> shape_80; /* 96 rows: 168 registers */
-typedef attention_shape<96, 6, 2, 4, false> shape_96;
-typedef attention_shape<128, 6, 2, 4, false> shape_128;
-typedef attention_shape<256, 4, 2, 2, true> shape_256; /* 64 rows: O alone is 128 registers */
-
+template <mil_dtype DTYPE>
 static mil_status launch_any(mil_context *context, const attention_params &params, int64_t n_blocks)
 {
-    if (params.head_dim <= 64)
-        return launch<shape_64>(context, params, n_blocks);
-    if (params.head_dim <= 80)
-        return launch<shape_80>(context, params, n_blocks);
+    if (params.head_dim <= 64) /* 128 rows: 128 registers suffice */
+        return launch<attention_shape<64, 8, 2, 4, false, DTYPE>>(context, params, n_blocks);
+    if (params.head_dim <= 80) /* 96 rows: 168 registers */
+        return launch<attention_shape<80, 6, 2, 4, false, DTYPE>>(context, params, n_blocks);
     if (params.head_dim <= 96)
-        return launch<shape_96>(context, params, n_blocks);
+        return launch<attention_shape<96, 6, 2, 4, false, DTYPE>>(context, params, n_blocks);
     if (params.head_dim <= 128)
-        return launch<shape_128>(context, params, n_blocks);
-    return launch<shape_256>(context, params, n_blocks);
+        return launch<attention_shape<128, 6, 2, 4, false, DTYPE>>(context, params, n_blocks);
+    /* 64 rows: O alone is 128 registers */
+    return launch<attention_shape<256, 4, 2, 2, true, DTYPE>>(context, params, n_blocks);
 }
 
 extern "C" mil_status mil_cuda_attention(mil_context *context, const mil_attention_args *args)
@@ -553,9 +562,12 @@ extern "C" mil_status mil_cuda_attention(mil_context *context, const mil_attenti
     params.max_pages = args->slots->max_pages;
     params.window = args->window;
     params.scale = mil_attention_scale_of(args->scale, args->softcap);
+    params.out_dtype = args->out_dtype;
     const int64_t n_items =
         mil_attention_most_items(header->bucket_seqs, header->bucket_tokens, params.group,
                                  mil_attention_tiles(args->n_heads, kv->n_kv_heads),
                                  mil_attention_max_splits(kv->n_kv_heads));
-    return launch_any(context, params, n_items * kv->n_kv_heads);
+    const int64_t n_blocks = n_items * kv->n_kv_heads;
+    return kv->dtype == MIL_DTYPE_F16 ? launch_any<MIL_DTYPE_F16>(context, params, n_blocks)
+                                      : launch_any<MIL_DTYPE_BF16>(context, params, n_blocks);
 }

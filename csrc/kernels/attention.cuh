@@ -205,11 +205,21 @@ static __device__ __forceinline__ bool mil_attention_is_last(int32_t *counter, i
     return true;
 }
 
+/* Two results in one register: bfloat16, over pages of float16 what out_dtype says. */
+template <mil_dtype DTYPE>
+static __device__ __forceinline__ uint32_t mil_attention_pack2(float low, float high,
+                                                               mil_dtype out_dtype)
+{
+    if (DTYPE == MIL_DTYPE_F16 && out_dtype == MIL_DTYPE_F16)
+        return mil_pack2<MIL_DTYPE_F16>(low, high);
+    return mil_pack2(low, high);
+}
+
 /* One row, by one warp: splits in ascending order, whoever computes it. out: [head_dim]. */
-static __device__ __forceinline__ void mil_attention_merge(uint16_t *out,
-                                                           const mil_attention_partials &partials,
-                                                           int64_t row, int32_t stride,
-                                                           int32_t n_splits, int32_t head_dim)
+template <mil_dtype DTYPE>
+static __device__ __forceinline__ void
+mil_attention_merge(uint16_t *out, const mil_attention_partials &partials, int64_t row,
+                    int32_t stride, int32_t n_splits, int32_t head_dim, mil_dtype out_dtype)
 {
     const int32_t lane = threadIdx.x % MIL_WARP;
     float maximum = MIL_ATTENTION_NO_MAXIMUM;
@@ -232,7 +242,8 @@ static __device__ __forceinline__ void mil_attention_merge(uint16_t *out,
             o.w = fmaf(weight, v.w, o.w);
         }
         const float inverse = 1.0f / sum;
-        *(uint2 *)(out + column) = make_uint2(mil_pack2(o.x * inverse, o.y * inverse),
-                                              mil_pack2(o.z * inverse, o.w * inverse));
+        *(uint2 *)(out + column) =
+            make_uint2(mil_attention_pack2<DTYPE>(o.x * inverse, o.y * inverse, out_dtype),
+                       mil_attention_pack2<DTYPE>(o.z * inverse, o.w * inverse, out_dtype));
     }
 }

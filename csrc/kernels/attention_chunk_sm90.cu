@@ -1,7 +1,7 @@
 /* Flash attention over paged KV for chunks of several queries, Hopper path: head sizes 64 and 128.
  *
  * The formula, shapes, dtypes and masks of attention.cu; scores, maximum, sum and O in fp32, P
- * rounded to bf16 for P V, its sum taken before the rounding. A tile is 128 packed rows, 64
+ * rounded as V is for P V, its sum taken before the rounding. A tile is 128 packed rows, 64
  * of each consumer warpgroup, against blocks of 128 keys at absolute multiples of 128: a row's bits
  * depend on its length and window alone, not on how the prompt was cut.
  *
@@ -21,8 +21,9 @@
 #define FIRST_TURN                                                                                 \
     1 /* named barriers: a consumer's turn to start products, then its own threads' */
 
-template <int D_, int CONSUMERS_, int OWN_REGISTERS_, int PRODUCER_REGISTERS_>
+template <int D_, int CONSUMERS_, int OWN_REGISTERS_, int PRODUCER_REGISTERS_, mil_dtype DTYPE_>
 struct chunk_shape {
+    static constexpr mil_dtype DTYPE = DTYPE_; /* of q, K, V and P */
     static constexpr int D = D_;
     static constexpr int CONSUMERS = CONSUMERS_; /* warpgroups */
     static constexpr int OWN_REGISTERS = OWN_REGISTERS_;
@@ -172,37 +173,56 @@ static __device__ __forceinline__ void send_queries(const mil_attention_sm90 &p,
     NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
              "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-/* s (64 x 128) = or += a b', a 64 x 16 and b 128 x 16 bf16, both in shared memory. */
+#define MULTIPLY_KEYS(type)                                                                        \
+    asm volatile("{\n"                                                                             \
+                 ".reg .pred is_added;\n"                                                          \
+                 "setp.ne.b32 is_added, %66, 0;\n"                                                 \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" NAMES_64 "}, "  \
+                 "%64, %65, is_added, 1, 1, 0, 0;\n"                                               \
+                 "}"                                                                               \
+                 : OUT_32(s, 0), OUT_32(s, 32)                                                     \
+                 : "l"(a), "l"(b), "r"(is_added))
+#define MULTIPLY_VALUES_128(type)                                                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" NAMES_64 "}, "  \
+                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                          \
+                 : OUT_32(o, 0), OUT_32(o, 32)                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define MULTIPLY_VALUES_64(type)                                                                   \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" NAMES_32 "}, "   \
+                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                          \
+                 : OUT_32(o, 0)                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+/* s (64 x 128) = or += a b', a 64 x 16 and b 128 x 16 of DTYPE, both in shared memory. */
+template <mil_dtype DTYPE>
 static __device__ __forceinline__ void multiply_keys(float (&s)[64], uint64_t a, uint64_t b,
                                                      int32_t is_added)
 {
-    asm volatile("{\n"
-                 ".reg .pred is_added;\n"
-                 "setp.ne.b32 is_added, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_64 "}, "
-                 "%64, %65, is_added, 1, 1, 0, 0;\n"
-                 "}"
-                 : OUT_32(s, 0), OUT_32(s, 32)
-                 : "l"(a), "l"(b), "r"(is_added));
+    if constexpr (DTYPE == MIL_DTYPE_F16)
+        MULTIPLY_KEYS("f16");
+    else
+        MULTIPLY_KEYS("bf16");
 }
 
-/* o (64 x 128 or 64) += a b, a 64 x 16 in registers, b 16 x 128 or 64 in shared memory, bf16. */
+/* o (64 x 128 or 64) += a b, a 64 x 16 in registers, b 16 x 128 or 64 in shared memory. */
+template <mil_dtype DTYPE>
 static __device__ __forceinline__ void multiply_values(float (&o)[64], const uint32_t (&a)[4],
                                                        uint64_t b)
 {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_64 "}, "
-                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                 : OUT_32(o, 0), OUT_32(o, 32)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    if constexpr (DTYPE == MIL_DTYPE_F16)
+        MULTIPLY_VALUES_128("f16");
+    else
+        MULTIPLY_VALUES_128("bf16");
 }
 
+template <mil_dtype DTYPE>
 static __device__ __forceinline__ void multiply_values(float (&o)[32], const uint32_t (&a)[4],
                                                        uint64_t b)
 {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_32 "}, "
-                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                 : OUT_32(o, 0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    if constexpr (DTYPE == MIL_DTYPE_F16)
+        MULTIPLY_VALUES_64("f16");
+    else
+        MULTIPLY_VALUES_64("bf16");
 }
 
 template <class Shape>
@@ -211,8 +231,8 @@ static __device__ __forceinline__ void start_scores(float (&s)[64], uint32_t q, 
     const uint64_t a = mil_wgmma_tile(q, 0), b = mil_wgmma_tile(k, 0);
 #pragma unroll
     for (int d = 0; d < Shape::D / 16; d++)
-        multiply_keys(s, a + d / 4 * (Shape::Q_HALF >> 4) + d % 4 * 2,
-                      b + d / 4 * (Shape::KV_HALF >> 4) + d % 4 * 2, d != 0);
+        multiply_keys<Shape::DTYPE>(s, a + d / 4 * (Shape::Q_HALF >> 4) + d % 4 * 2,
+                                    b + d / 4 * (Shape::KV_HALF >> 4) + d % 4 * 2, d != 0);
     mil_wgmma_commit();
 }
 
@@ -223,7 +243,7 @@ start_values(float (&o)[Shape::D / 2], const uint32_t (&weight)[KEYS / 16][4], u
     const uint64_t b = mil_wgmma_tile(v, Shape::KV_HALF);
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++)
-        multiply_values(o, weight[i], b + i * (16 * MIL_BOX_ROW >> 4));
+        multiply_values<Shape::DTYPE>(o, weight[i], b + i * (16 * MIL_BOX_ROW >> 4));
     mil_wgmma_commit();
 }
 
@@ -319,6 +339,7 @@ static __device__ __forceinline__ void find_weights(float (&s)[64], row_state &r
     }
 }
 
+template <class Shape>
 static __device__ __forceinline__ void round_weights(uint32_t (&weight)[KEYS / 16][4],
                                                      const float (&s)[64])
 {
@@ -326,7 +347,7 @@ static __device__ __forceinline__ void round_weights(uint32_t (&weight)[KEYS / 1
     for (int i = 0; i < KEYS / 16; i++) {
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            weight[i][j] = mil_pack2(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
+            weight[i][j] = mil_pack2<Shape::DTYPE>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
         mil_settle(weight[i]);
     }
 }
@@ -399,7 +420,8 @@ static __device__ __forceinline__ void store_rows(const float (&o)[Shape::D / 2]
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int at = 4 * (4 * i + j) + 2 * r;
-                x[j] = mil_pack2(o[at] * inverse, o[at + 1] * inverse);
+                x[j] = mil_attention_pack2<Shape::DTYPE>(o[at] * inverse, o[at + 1] * inverse,
+                                                         p.out_dtype);
             }
             const uint4 bits = gather_columns(x[0], x[1], x[2], x[3]);
             if (is_row)
@@ -463,7 +485,7 @@ static __device__ __forceinline__ void consume(const mil_attention_sm90 &p, uint
         if (is_first_lane())
             mil_barrier_arrive(barrier<Shape>(memory, K_EMPTY, stage));
         weigh(s, rows, p, keys, key, least);
-        round_weights(weight, s);
+        round_weights<Shape>(weight, s);
 
         /* S of this block beside P V of the one before. */
         for (key += KEYS; key < keys.end; key += KEYS) {
@@ -491,7 +513,7 @@ static __device__ __forceinline__ void consume(const mil_attention_sm90 &p, uint
             if (is_first_lane())
                 mil_barrier_arrive(barrier<Shape>(memory, V_EMPTY, last_stage));
             shrink(o, rows);
-            round_weights(weight, s);
+            round_weights<Shape>(weight, s);
         }
         if (is_first_lane())
             mil_barrier_arrive(barrier<Shape>(memory, Q_EMPTY, n % 2));
@@ -570,12 +592,19 @@ static mil_status launch(const mil_queue *queue, const mil_attention_sm90 &param
 }
 
 /* Registers: 64 Ki of an SM, dealt out in 8s. */
-typedef chunk_shape<64, 2, 232, 40> shape_64;
-typedef chunk_shape<128, 2, 232, 40> shape_128;
+template <mil_dtype DTYPE>
+static mil_status launch_any(const mil_queue *queue, const mil_attention_sm90 &params,
+                             const CUtensorMap (&maps)[2], int64_t n_tiles)
+{
+    return params.head_dim == 64
+               ? launch<chunk_shape<64, 2, 232, 40, DTYPE>>(queue, params, maps, n_tiles)
+               : launch<chunk_shape<128, 2, 232, 40, DTYPE>>(queue, params, maps, n_tiles);
+}
 
 mil_status mil_attention_chunks_sm90(const mil_queue *queue, const mil_attention_sm90 *params,
                                      const CUtensorMap (&maps)[2], int64_t n_tiles)
 {
-    return params->head_dim == 64 ? launch<shape_64>(queue, *params, maps, n_tiles)
-                                  : launch<shape_128>(queue, *params, maps, n_tiles);
+    return params->dtype == MIL_DTYPE_F16
+               ? launch_any<MIL_DTYPE_F16>(queue, *params, maps, n_tiles)
+               : launch_any<MIL_DTYPE_BF16>(queue, *params, maps, n_tiles);
 }

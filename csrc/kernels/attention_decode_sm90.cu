@@ -1,7 +1,7 @@
 /* Flash attention over paged KV for sequences of one query, Hopper path: head sizes 64 and 128.
  *
  * The formula, shapes, dtypes and masks of attention.cu; scores, maximum, sum and O in fp32, P
- * rounded to bf16 for P V, its sum taken before the rounding. An item is a split of a row's keys
+ * rounded as V is for P V, its sum taken before the rounding. An item is a split of a row's keys
  * for one kv head, its up to 16 query heads the rows of m16n8k16 products. Of each block of 64 keys
  * a warp has 16 for itself, with a maximum, sum and O of its own. Warps are added in their order,
  * splits in theirs: a row's bits depend on its length and window alone.
@@ -29,8 +29,9 @@ typedef struct queued_item {
     int32_t first;
 } queued_item;
 
-template <int D_>
+template <int D_, mil_dtype DTYPE_>
 struct decode_shape {
+    static constexpr mil_dtype DTYPE = DTYPE_; /* of q, K, V and P */
     static constexpr int D = D_;
     static constexpr int HALVES = D / 64; /* boxes of a block's K or V */
     static constexpr int TILE_BYTES = HALVES * MIL_BOX_BYTES;
@@ -160,8 +161,8 @@ find_scores(float (&s)[2][4], const uint32_t (&q)[Shape::D_STEPS][4], uint32_t k
     for (int d = 0; d < Shape::D_STEPS; d++) {
         uint32_t b[4];
         mil_ldmatrix4_at(b, chunk_at(k, row, 2 * d + lane / 8 % 2));
-        mil_mma(d % 2 != 0 ? other[0] : s[0], q[d], b[0], b[1]);
-        mil_mma(d % 2 != 0 ? other[1] : s[1], q[d], b[2], b[3]);
+        mil_mma<Shape::DTYPE>(d % 2 != 0 ? other[0] : s[0], q[d], b[0], b[1]);
+        mil_mma<Shape::DTYPE>(d % 2 != 0 ? other[1] : s[1], q[d], b[2], b[3]);
     }
 #pragma unroll
     for (int i = 0; i < 8; i++)
@@ -198,7 +199,7 @@ static __device__ __forceinline__ void find_weights(uint32_t (&weight)[4], float
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        weight[i] = mil_pack2(s[i / 2][2 * (i % 2)], s[i / 2][2 * (i % 2) + 1]);
+        weight[i] = mil_pack2<Shape::DTYPE>(s[i / 2][2 * (i % 2)], s[i / 2][2 * (i % 2) + 1]);
     /* Multiplying by one changes nothing. */
     if (!__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f))
         return;
@@ -222,8 +223,8 @@ static __device__ __forceinline__ void add_values(row_state<Shape> &state,
     for (int d = 0; d < Shape::D_STEPS; d++) {
         uint32_t b[4];
         mil_ldmatrix4_trans_at(b, chunk_at(v, row, 2 * d + lane / 16));
-        mil_mma(state.o[2 * d], weight, b[0] & keys[0], b[1] & keys[1]);
-        mil_mma(state.o[2 * d + 1], weight, b[2] & keys[0], b[3] & keys[1]);
+        mil_mma<Shape::DTYPE>(state.o[2 * d], weight, b[0] & keys[0], b[1] & keys[1]);
+        mil_mma<Shape::DTYPE>(state.o[2 * d + 1], weight, b[2] & keys[0], b[3] & keys[1]);
     }
 }
 
@@ -327,14 +328,17 @@ static __device__ __forceinline__ float4 join_warps(const decode_shared *shared,
     return o;
 }
 
-static __device__ __forceinline__ void store_4(uint16_t *to, float4 o, float sum)
+template <class Shape>
+static __device__ __forceinline__ void store_4(uint16_t *to, float4 o, float sum,
+                                               mil_dtype out_dtype)
 {
     const float inverse = 1.0f / sum;
-    *(uint2 *)to = make_uint2(mil_pack2(o.x * inverse, o.y * inverse),
-                              mil_pack2(o.z * inverse, o.w * inverse));
+    *(uint2 *)to =
+        make_uint2(mil_attention_pack2<Shape::DTYPE>(o.x * inverse, o.y * inverse, out_dtype),
+                   mil_attention_pack2<Shape::DTYPE>(o.z * inverse, o.w * inverse, out_dtype));
 }
 
-/* Rows first .. of an item: as bf16 where it is whole, in fp32 to the split's place where not. */
+/* Rows first .. of an item: rounded where it is whole, in fp32 to the split's place where not. */
 template <class Shape>
 static __device__ __forceinline__ void
 store_part(const mil_attention_sm90 &p, const decode_shared *shared, const float *sums,
@@ -347,7 +351,8 @@ store_part(const mil_attention_sm90 &p, const decode_shared *shared, const float
         float2 total;
         const float4 o = join_warps<Shape>(shared, sums, row, column, &total);
         if (item->n_splits == 1) {
-            store_4(p.out + (out_row + first + row) * Shape::D + column, o, total.y);
+            store_4<Shape>(p.out + (out_row + first + row) * Shape::D + column, o, total.y,
+                           p.out_dtype);
             continue;
         }
         const int64_t at = partial_row + first + row;
@@ -396,8 +401,9 @@ static __device__ __forceinline__ void merge_part(const mil_attention_sm90 &p,
     for (int i = 0; i < TURNS; i++) {
         const int32_t row = first + (i * MIL_WARP + lane) / COLUMNS;
         if (row < item->n_rows)
-            store_4(p.out + (out_row + row) * Shape::D + 4 * ((i * MIL_WARP + lane) % COLUMNS),
-                    o[i], sum[i]);
+            store_4<Shape>(p.out + (out_row + row) * Shape::D +
+                               4 * ((i * MIL_WARP + lane) % COLUMNS),
+                           o[i], sum[i], p.out_dtype);
     }
 }
 
@@ -551,9 +557,18 @@ static mil_status launch(const mil_queue *queue, const mil_attention_sm90 &param
                       maps[0], maps[1], params);
 }
 
+template <mil_dtype DTYPE>
+static mil_status launch_any(const mil_queue *queue, const mil_attention_sm90 &params,
+                             const CUtensorMap (&maps)[2], int64_t n_tiles)
+{
+    return params.head_dim == 64 ? launch<decode_shape<64, DTYPE>>(queue, params, maps, n_tiles)
+                                 : launch<decode_shape<128, DTYPE>>(queue, params, maps, n_tiles);
+}
+
 mil_status mil_attention_decode_sm90(const mil_queue *queue, const mil_attention_sm90 *params,
                                      const CUtensorMap (&maps)[2], int64_t n_tiles)
 {
-    return params->head_dim == 64 ? launch<decode_shape<64>>(queue, *params, maps, n_tiles)
-                                  : launch<decode_shape<128>>(queue, *params, maps, n_tiles);
+    return params->dtype == MIL_DTYPE_F16
+               ? launch_any<MIL_DTYPE_F16>(queue, *params, maps, n_tiles)
+               : launch_any<MIL_DTYPE_BF16>(queue, *params, maps, n_tiles);
 }

@@ -27,6 +27,8 @@ static mil_attention_sm90 params_of(const mil_context *context, const mil_attent
     params.last_page = kv->n_pages - 1;
     params.window = args->window;
     params.scale = mil_attention_scale_of(args->scale, args->softcap);
+    params.dtype = kv->dtype;
+    params.out_dtype = args->out_dtype;
     return params;
 }
 
@@ -41,7 +43,7 @@ extern "C" mil_status mil_cuda_attention_sm90(mil_context *context, const mil_at
     for (int i = 0; i < 2; i++)
         MIL_TRY(mil_cuda_tensor_map(&maps[i], context->queue,
                                     (i == 0 ? kv->k : kv->v) + args->layer * kv->layer_elements,
-                                    kv->head_dim, n_rows, MIL_BOX_KEYS));
+                                    kv->dtype, kv->head_dim, n_rows, MIL_BOX_KEYS));
     const int64_t n_chunk_tiles =
         (int64_t)header->bucket_tokens * params.group / MIL_ATTENTION_SM90_ROWS +
         header->bucket_chunks;

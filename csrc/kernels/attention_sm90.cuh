@@ -8,7 +8,7 @@
 #include <cuda.h>
 
 #define MIL_BOX_KEYS MIL_ATTENTION_BLOCK /* of a tensor map's box: they lie in one page */
-#define MIL_BOX_ROW 128                  /* bytes: 64 bf16, swizzled */
+#define MIL_BOX_ROW 128                  /* bytes: 64 bf16 or f16, swizzled */
 #define MIL_BOX_BYTES (MIL_BOX_KEYS * MIL_BOX_ROW)
 
 typedef struct mil_attention_sm90 {
@@ -22,6 +22,7 @@ typedef struct mil_attention_sm90 {
     int32_t max_pages, last_page;
     int32_t window;
     mil_attention_scale scale;
+    mil_dtype dtype, out_dtype; /* of q, K, V; of out: over pages of float16 either */
 } mil_attention_sm90;
 
 /* The first row of the maps' box `box` of a sequence, for one kv head. A page id out of range is

@@ -30,6 +30,7 @@ typedef struct attention_params {
     uint32_t page_mask, last_page, row_bytes, head_bytes, page_bytes;
     int32_t window;
     mil_attention_scale scale;
+    mil_dtype out_dtype; /* where it is not an instance's own affair: over pages of float16 */
 } attention_params;
 
 /* A block of keys on its way. */
@@ -73,8 +74,9 @@ typedef struct attention_shares {
 /* One instance: shared memory is [attention_shared][shares, unless they lie in q][q][ring]. Rows of
  * the ring are padded by 16 bytes (an odd number of chunks); rows of q are not, their chunks are
  * swizzled: D 256 must fit the 99 KiB of small chips. */
-template <int D_, int WARPS_, int BLOCKS_, int RING_, bool HAS_Q_>
+template <int D_, int WARPS_, int BLOCKS_, int RING_, bool HAS_Q_, mil_dtype DTYPE_>
 struct attention_shape {
+    static constexpr mil_dtype DTYPE = DTYPE_; /* of q, K, V and P */
     static constexpr int D = D_;
     static constexpr int WARPS = WARPS_;
     static constexpr int BLOCKS = BLOCKS_; /* of an SM */

@@ -5,6 +5,7 @@
 #include "kernels/cuda.h"
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
 
@@ -72,16 +73,20 @@ static __device__ __forceinline__ int32_t mil_segment_of(const int32_t *starts, 
     return low;
 }
 
-/* ---- bfloat16 ---- */
+/* ---- bfloat16, and float16 where a template says MIL_DTYPE_F16 ---- */
 
 static __device__ __forceinline__ float mil_widen(uint16_t bits)
 {
     return __uint_as_float((uint32_t)bits << 16);
 }
 
+template <mil_dtype DTYPE = MIL_DTYPE_BF16>
 static __device__ __forceinline__ uint16_t mil_round(float x)
 {
-    return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+    if constexpr (DTYPE == MIL_DTYPE_F16)
+        return __half_as_ushort(__float2half_rn(x));
+    else
+        return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
 /* The two bfloat16 of one register, widened. */
@@ -96,10 +101,16 @@ static __device__ __forceinline__ float mil_high(uint32_t pair)
 }
 
 /* Two float32 rounded into one register, low half first. */
+template <mil_dtype DTYPE = MIL_DTYPE_BF16>
 static __device__ __forceinline__ uint32_t mil_pack2(float low, float high)
 {
-    __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *(uint32_t *)&v;
+    if constexpr (DTYPE == MIL_DTYPE_F16) {
+        __half2 v = __floats2half2_rn(low, high);
+        return *(uint32_t *)&v;
+    } else {
+        __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+        return *(uint32_t *)&v;
+    }
 }
 
 /* Eight values, one 16-byte access. */
@@ -192,12 +203,19 @@ static __device__ __forceinline__ void mil_ldmatrix4_trans(uint32_t (&out)[4], c
     mil_ldmatrix4_trans_at(out, mil_shared_address(shared));
 }
 
-/* d += a b: a 16 x 16 bf16 row-major, b 16 x 8 bf16 column-major, d 16 x 8 fp32. */
+/* d += a b: a 16 x 16 row-major, b 16 x 8 column-major, both of DTYPE, d 16 x 8 fp32. */
+template <mil_dtype DTYPE = MIL_DTYPE_BF16>
 static __device__ __forceinline__ void mil_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                                uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    if constexpr (DTYPE == MIL_DTYPE_F16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -1,18 +1,18 @@
-/* rope_write: split qkv into heads, rotate q and k by position, round to bfloat16, write q in place
- * of its token and k, v into the row of the page that the sequence's table names.
- *   a' = bf16(fma(a, cos, -(b sin)))    b' = bf16(fma(b, cos, a sin))
+/* rope_write: split qkv into heads, rotate q and k by position, round to the pages' dtype, write q
+ * in place of its token and k, v into the row of the page that the sequence's table names.
+ *   a' = round(fma(a, cos, -(b sin)))    b' = round(fma(b, cos, a sin))
  * Pairs (a, b) are (d, d + rotary_dim / 2), or (2 i, 2 i + 1) where interleaved; columns from
- * rotary_dim on and v are copied. RoPE: Su et al. 2021, halves as Hugging Face lays them out.
+ * rotary_dim on and v are rounded only. RoPE: Su et al. 2021, halves as Hugging Face lays them out.
  *
- * qkv [T, (N + 2 K) D] bf16; q [T, N D] bf16; tables [max_position, rotary_dim / 2] fp32; pages
- * [page][K][P][D] bf16. Bound by bytes: each value read once and written once. Rows past the
- * batch's tokens write nothing. */
+ * qkv [T, (N + 2 K) D] bf16; tables [max_position, rotary_dim / 2] fp32; q [T, N D] and pages
+ * [page][K][P][D] both bf16 or both f16. Bound by bytes: each value read once and written once.
+ * Rows past the batch's tokens write nothing. */
 #include "kernels/cuda.h"
 
 #include "kernels/common.cuh"
 
 #define THREADS 256 /* at most; one block a token */
-#define VECTOR 8    /* bf16 of one 16-byte access */
+#define VECTOR 8    /* items of one 16-byte access */
 #define AT_ONCE 2   /* heads of one thread in flight, two vectors each */
 
 /* ---- where a token's values come from and go ---- */
@@ -178,13 +178,14 @@ static __device__ __forceinline__ void widen8(float (&out)[VECTOR], uint4 in)
     }
 }
 
+template <mil_dtype DTYPE>
 static __device__ __forceinline__ uint4 round8(const float (&in)[VECTOR])
 {
-    return make_uint4(mil_pack2(in[0], in[1]), mil_pack2(in[2], in[3]), mil_pack2(in[4], in[5]),
-                      mil_pack2(in[6], in[7]));
+    return make_uint4(mil_pack2<DTYPE>(in[0], in[1]), mil_pack2<DTYPE>(in[2], in[3]),
+                      mil_pack2<DTYPE>(in[4], in[5]), mil_pack2<DTYPE>(in[6], in[7]));
 }
 
-template <bool is_interleaved>
+template <bool is_interleaved, mil_dtype DTYPE>
 static __device__ __forceinline__ void write_columns(uint16_t *to, columns at, const uint4 &in_a,
                                                      const uint4 &in_b, const angles &by,
                                                      int32_t rotary_dim)
@@ -198,14 +199,14 @@ static __device__ __forceinline__ void write_columns(uint16_t *to, columns at, c
         turn_pairs(a, by.cos_a, by.sin_a);
     if (is_interleaved && at.is_turned && is_turned_pair(at.b, rotary_dim))
         turn_pairs(b, by.cos_b, by.sin_b);
-    *(uint4 *)(to + at.a) = round8(a);
+    *(uint4 *)(to + at.a) = round8<DTYPE>(a);
     if (at.b >= 0)
-        *(uint4 *)(to + at.b) = round8(b);
+        *(uint4 *)(to + at.b) = round8<DTYPE>(b);
 }
 
 /* Block (ceil(D / 16), heads at once), one token. qkv and the angles are asked for before the
  * token's place is known: the place is a chain of three loads. */
-template <bool is_interleaved>
+template <bool is_interleaved, mil_dtype DTYPE>
 static __global__ void __launch_bounds__(THREADS)
     rope_kernel(const __grid_constant__ mil_rope_write_args args,
                 const __grid_constant__ mil_batch batch, const __grid_constant__ mil_slots slots,
@@ -242,8 +243,8 @@ static __global__ void __launch_bounds__(THREADS)
             int32_t head = first + i * n_rows;
             uint16_t *out;
             if (find_head(&out, args, kv, to, t, head))
-                write_columns<is_interleaved>(out, pick(head < n_rotated, rotated, plain), a[i],
-                                              b[i], by, args.rotary_dim);
+                write_columns<is_interleaved, DTYPE>(out, pick(head < n_rotated, rotated, plain),
+                                                     a[i], b[i], by, args.rotary_dim);
         }
     }
 }
@@ -266,6 +267,7 @@ static __device__ __forceinline__ float turned_column(const uint16_t *from, int3
     return fmaf(x, cosines[angle], is_first ? -product : product);
 }
 
+template <mil_dtype DTYPE>
 static __global__ void __launch_bounds__(THREADS)
     rope_any_kernel(const __grid_constant__ mil_rope_write_args args,
                     const __grid_constant__ mil_batch batch,
@@ -287,8 +289,8 @@ static __global__ void __launch_bounds__(THREADS)
         uint16_t *out;
         int32_t rotary_dim = head < n_rotated ? args.rotary_dim : 0;
         if (find_head(&out, args, kv, to, t, head))
-            out[d] = mil_round(turned_column(row + (int64_t)head * D, d, cosines, sines, rotary_dim,
-                                             args.is_interleaved));
+            out[d] = mil_round<DTYPE>(turned_column(row + (int64_t)head * D, d, cosines, sines,
+                                                    rotary_dim, args.is_interleaved));
     }
 }
 
@@ -300,7 +302,8 @@ static bool is_vector_shape(int32_t D, int32_t rotary_dim, bool is_interleaved)
     return D % VECTOR == 0 && rotary_dim % (is_interleaved ? VECTOR : 2 * VECTOR) == 0;
 }
 
-extern "C" mil_status mil_cuda_rope_write(mil_context *context, const mil_rope_write_args *args)
+template <mil_dtype DTYPE>
+static mil_status launch(mil_context *context, const mil_rope_write_args *args)
 {
     const mil_queue *queue = context->queue;
     const mil_kv *kv = args->kv;
@@ -309,13 +312,19 @@ extern "C" mil_status mil_cuda_rope_write(mil_context *context, const mil_rope_w
     if (n_tokens == 0)
         return MIL_OK;
     if (!is_vector_shape(kv->head_dim, args->rotary_dim, args->is_interleaved))
-        return mil_launch(queue, "rope_write", rope_any_kernel, dim3(n_tokens), dim3(THREADS), 0,
-                          *args, *args->batch, *args->slots, *kv);
+        return mil_launch(queue, "rope_write", rope_any_kernel<DTYPE>, dim3(n_tokens),
+                          dim3(THREADS), 0, *args, *args->batch, *args->slots, *kv);
     int32_t per_head = (kv->head_dim + 2 * VECTOR - 1) / (2 * VECTOR);
     int32_t wanted = (n_heads + AT_ONCE - 1) / AT_ONCE;
     int32_t most = THREADS / per_head;
     return mil_launch(queue, "rope_write",
-                      args->is_interleaved ? rope_kernel<true> : rope_kernel<false>, dim3(n_tokens),
-                      dim3(per_head, wanted < most ? wanted : most), 0, *args, *args->batch,
-                      *args->slots, *kv);
+                      args->is_interleaved ? rope_kernel<true, DTYPE> : rope_kernel<false, DTYPE>,
+                      dim3(n_tokens), dim3(per_head, wanted < most ? wanted : most), 0, *args,
+                      *args->batch, *args->slots, *kv);
+}
+
+extern "C" mil_status mil_cuda_rope_write(mil_context *context, const mil_rope_write_args *args)
+{
+    return args->kv->dtype == MIL_DTYPE_F16 ? launch<MIL_DTYPE_F16>(context, args)
+                                            : launch<MIL_DTYPE_BF16>(context, args);
 }

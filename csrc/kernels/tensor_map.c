@@ -2,7 +2,7 @@
 
 #include "kernels/device.h"
 
-#define BOX_COLUMNS 64 /* bf16 of one swizzled row of 128 bytes */
+#define BOX_COLUMNS 64 /* of 16 bits: one swizzled row of 128 bytes */
 
 mil_status mil_cuda_tensor_map_find(mil_queue *queue)
 {
@@ -10,20 +10,22 @@ mil_status mil_cuda_tensor_map_find(mil_queue *queue)
 }
 
 mil_status mil_cuda_tensor_map(CUtensorMap *out, const mil_queue *queue, const void *base,
-                               int32_t columns, uint64_t rows, int32_t box_rows)
+                               mil_dtype dtype, int32_t columns, uint64_t rows, int32_t box_rows)
 {
+    const CUtensorMapDataType type =
+        dtype == MIL_DTYPE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const __typeof__(&cuTensorMapEncodeTiled) encode = queue->encode_tiled;
     const cuuint64_t size[2] = {(cuuint64_t)columns, rows};
     const cuuint64_t row_bytes[1] = {(cuuint64_t)columns * sizeof(uint16_t)};
     const cuuint32_t box[2] = {BOX_COLUMNS, (cuuint32_t)box_rows};
     const cuuint32_t steps[2] = {1, 1};
-    CUresult result =
-        encode(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)base, size, row_bytes, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CUresult result = encode(out, type, 2, (void *)base, size, row_bytes, box, steps,
+                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
         return mil_fail(MIL_ERR_DEVICE,
-                        "%s: a tensor map of %llu rows of %d bf16 at %p was refused (%d)",
-                        queue->label, (unsigned long long)rows, columns, base, (int)result);
+                        "%s: a tensor map of %llu rows of %d %s at %p was refused (%d)",
+                        queue->label, (unsigned long long)rows, columns, mil_dtype_name(dtype),
+                        base, (int)result);
     return MIL_OK;
 }

@@ -51,6 +51,7 @@ mil_status mil_attention_forward(const mil_attention *attention, const mil_step 
     const mil_attention_args args = {
         .out = out,
         .q = q,
+        .out_dtype = MIL_DTYPE_BF16,
         .batch = step->batch,
         .slots = step->slots,
         .kv = step->kv,

@@ -123,6 +123,7 @@ static void view_pages(mil_state *state, const mil_model *model, int32_t rank, i
         .page_size = page_size,
         .n_kv_heads = model->ranks[rank].shard.n_kv_heads,
         .head_dim = model->config.head_dim,
+        .dtype = MIL_DTYPE_BF16,
     };
 }
 

@@ -128,10 +128,11 @@ typedef struct mil_lora_expand_args {
     const mil_weight *weight; /* for its parts and interleave only */
 } mil_lora_expand_args;
 
-/* Split qkv, rotate q and k by position, write q as bfloat16 and k, v into pages.
+/* Split qkv, rotate q and k by position, write q in place of its token and k, v into pages, each
+ * rounded to the pages' dtype once, nearest even: what float16 cannot hold becomes infinite there.
  * RoPE: Su et al. 2021, halves as Hugging Face lays them out (pairs d, d + rotary_dim / 2). */
 typedef struct mil_rope_write_args {
-    uint16_t *q;            /* [T, N * D] bf16 */
+    uint16_t *q;            /* [T, N * D] of kv->dtype */
     const void *qkv;        /* [T, (N + 2 K) * D] of product_dtype, q then k then v */
     const float *cos_table; /* [max_position, rotary_dim / 2] */
     const float *sin_table;
@@ -147,8 +148,9 @@ typedef struct mil_rope_write_args {
 /* Causal attention over paged KV, Flash-style online softmax (Dao 2023), GQA. KV blocks lie at
  * absolute multiples of 64 keys whatever the page size or chunk. */
 typedef struct mil_attention_args {
-    uint16_t *out;     /* [T, N * D] bf16 */
-    const uint16_t *q; /* [T, N * D] bf16 */
+    uint16_t *out;       /* [T, N * D] of out_dtype */
+    const uint16_t *q;   /* [T, N * D] of kv->dtype */
+    mil_dtype out_dtype; /* BF16, as what enters a product; F16 only where kv->dtype is that too */
     const mil_batch *batch;
     const mil_slots *slots;
     const mil_kv *kv;

@@ -116,7 +116,7 @@ typedef struct mil_slots {
 } mil_slots;
 
 /* KV pages of one rank: layer l's K at k + l * layer_elements, page p of it at p * K * P * D there,
- * laid out [page][kv_head][row][head_dim]; V likewise. bfloat16. */
+ * laid out [page][kv_head][row][head_dim]; V likewise. */
 typedef struct mil_kv {
     uint16_t *k;
     uint16_t *v;
@@ -125,6 +125,7 @@ typedef struct mil_kv {
     int32_t page_size;  /* P */
     int32_t n_kv_heads; /* K of this rank */
     int32_t head_dim;
+    mil_dtype dtype; /* of K and V, and of the q beside them: BF16 or F16 */
 } mil_kv;
 
 #ifdef __cplusplus

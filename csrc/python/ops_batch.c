@@ -59,12 +59,20 @@ static void take_batch(mil_op_call *call, batch_operands *o, PyObject *const obj
     o->kv_lengths = mil_op_take_indices(call, "kv_lengths", objects[4]);
 }
 
+/* Of the pages, and so of the q beside them. */
+static mil_dtype dtype_of(const batch_operands *o)
+{
+    const bool is_f16 = o->k_cache != NULL && o->k_cache->dtype == MIL_DTYPE_F16;
+    return is_f16 ? MIL_DTYPE_F16 : MIL_DTYPE_BF16;
+}
+
 static void expect_batch(mil_op_call *call, const batch_operands *o)
 {
-    mil_op_expect(call, o->k_cache, MIL_DTYPE_BF16, MIL_SHAPE(MIL_ANY, MIL_ANY, MIL_ANY, MIL_ANY));
+    mil_dtype dtype = dtype_of(o);
+    mil_op_expect(call, o->k_cache, dtype, MIL_SHAPE(MIL_ANY, MIL_ANY, MIL_ANY, MIL_ANY));
     int32_t n_pages = mil_op_size(o->k_cache, 0), K = mil_op_size(o->k_cache, 1);
     int32_t P = mil_op_size(o->k_cache, 2), D = mil_op_size(o->k_cache, 3);
-    mil_op_expect(call, o->v_cache, MIL_DTYPE_BF16, MIL_SHAPE(n_pages, K, P, D));
+    mil_op_expect(call, o->v_cache, dtype, MIL_SHAPE(n_pages, K, P, D));
     mil_op_expect_in(call, "k_cache's pages", n_pages, 1, INT32_MAX);
     mil_op_expect_in(call, "k_cache's heads", K, 1, INT32_MAX);
     mil_op_expect_in(call, "k_cache's page size", P, 16, MAX_HEAD_DIM);
@@ -134,6 +142,7 @@ static void lend_batch(mil_op_call *call, lent_batch *to, const batch_operands *
         .n_kv_heads = k->shape[1],
         .page_size = k->shape[2],
         .head_dim = k->shape[3],
+        .dtype = dtype_of(o),
     };
     if (call->status == MIL_OK)
         call->status = call->place->borrow->fill(call->context->queue, &to->fill);
@@ -160,6 +169,7 @@ static void run_attention(mil_op_call *call, void *argument)
     mil_attention_args args = {
         .out = mil_op_lend(call, o->out),
         .q = mil_op_lend(call, o->q),
+        .out_dtype = dtype_of(&o->batch),
         .batch = &lent.batch,
         .slots = &lent.slots,
         .kv = &lent.kv,
@@ -199,14 +209,14 @@ PyObject *mil_py_op_attention(PyObject *module, PyObject *args)
     o.batch.n_tokens = mil_op_size(o.q, 0);
     expect_batch(&call, &o.batch);
     int32_t N = mil_op_size(o.q, 1), K = mil_op_size(o.batch.k_cache, 1);
-    mil_op_expect(&call, o.q, MIL_DTYPE_BF16,
+    mil_op_expect(&call, o.q, dtype_of(&o.batch),
                   MIL_SHAPE(MIL_ANY, MIL_ANY, mil_op_size(o.batch.k_cache, 3)));
     mil_op_expect_in(&call, "q's heads", N, 1, INT32_MAX);
     if (call.status == MIL_OK && N % K != 0)
         call.status =
             mil_fail(MIL_ERR_ARGUMENT, "%s: q has %d heads, expected a multiple of k_cache's %d",
                      call.op, N, K);
-    mil_op_expect(&call, o.out, MIL_DTYPE_BF16,
+    mil_op_expect(&call, o.out, dtype_of(&o.batch),
                   MIL_SHAPE(o.batch.n_tokens, N, mil_op_size(o.q, 2)));
     mil_op_expect_in(&call, "window", o.window, 0, INT32_MAX);
     return mil_op_run(&call, run_attention, &o);
@@ -244,7 +254,8 @@ static void lend_no_pages(mil_op_call *call, lent_batch *to, const rope_operands
         .positions = lend_positions(call, &o->batch, &to->fill),
     };
     to->slots = (mil_slots){.n_slots = 1, .max_pages = 1, .page_table = few + 4};
-    to->kv = (mil_kv){.n_pages = 1, .page_size = T, .head_dim = o->head_dim};
+    to->kv =
+        (mil_kv){.n_pages = 1, .page_size = T, .head_dim = o->head_dim, .dtype = MIL_DTYPE_BF16};
     if (call->status == MIL_OK)
         call->status = call->place->borrow->fill(call->context->queue, &to->fill);
 }
@@ -335,7 +346,8 @@ PyObject *mil_py_op_rope_and_cache(PyObject *module, PyObject *args)
     int32_t K = mil_op_size(o.batch.k_cache, 1);
     o.head_dim = mil_op_size(o.batch.k_cache, 3);
     o.n_heads = mil_op_size(o.out, 1);
-    mil_op_expect(&call, o.out, MIL_DTYPE_BF16, MIL_SHAPE(o.batch.n_tokens, MIL_ANY, o.head_dim));
+    mil_op_expect(&call, o.out, dtype_of(&o.batch),
+                  MIL_SHAPE(o.batch.n_tokens, MIL_ANY, o.head_dim));
     mil_op_expect_in(&call, "out's heads", o.n_heads, 1, INT32_MAX / 2 / MAX_HEAD_DIM);
     mil_op_expect_in(&call, "k_cache's heads", K, 1, INT32_MAX / 8 / MAX_HEAD_DIM);
     if (call.status == MIL_OK)

@@ -26,6 +26,7 @@ from milpy.wheels import add_library_dirs
 
 LIBRARY = Path(os.environ.get("MILPY_SHIM", Path(__file__).parents[2] / "build/tests/libshim.so"))
 MAX_LOGPROBS = 20
+BF16, F16 = 1, 2  # of mil_dtype
 Array = NDArray[Any]
 
 
@@ -68,6 +69,8 @@ class KvStruct(ct.Structure):
         ("page_size", ct.c_int32),
         ("n_kv_heads", ct.c_int32),
         ("head_dim", ct.c_int32),
+        ("dtype", ct.c_int32),
+        ("out_dtype", ct.c_int32),
     ]
 
 
@@ -215,18 +218,21 @@ class ShimError(Exception):
 class Kv:
     """KV pages of some layers: k and v are [layers, n_pages, K, P, D] as bits of bfloat16.
 
+    is_f16: k, v and q are bits of float16. out_is_f16: so is what attention over them returns.
     pool_pages: pages of a larger pool on the device, of which these are the last; page ids then
     count from the pool's first: ours are pool_pages - n_pages and up."""
 
     k: Array
     v: Array
     pool_pages: int = 0
+    is_f16: bool = False
+    out_is_f16: bool = False
 
     def struct(self) -> KvStruct:
         n_layers, n_pages, n_kv_heads, page_size, head_dim = self.k.shape
         return KvStruct(
             pointer(self.k), pointer(self.v), n_layers, n_pages, self.pool_pages, page_size,
-            n_kv_heads, head_dim,
+            n_kv_heads, head_dim, F16 if self.is_f16 else BF16, F16 if self.out_is_f16 else BF16,
         )  # fmt: skip
 
 

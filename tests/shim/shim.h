@@ -88,6 +88,7 @@ typedef struct shim_kv {
     uint16_t *k, *v;
     int32_t n_layers, n_pages, pool_pages;
     int32_t page_size, n_kv_heads, head_dim;
+    int32_t dtype, out_dtype; /* mil_dtype; out_dtype: of what attention writes */
 } shim_kv;
 
 typedef struct shim_step {

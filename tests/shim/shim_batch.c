@@ -141,5 +141,6 @@ mil_kv shim_lend_kv(shim *s, const shim_kv *from, int32_t how)
         .page_size = from->page_size,
         .n_kv_heads = from->n_kv_heads,
         .head_dim = from->head_dim,
+        .dtype = (mil_dtype)from->dtype,
     };
 }

@@ -143,6 +143,7 @@ mil_status shim_attention(shim *s, uint16_t *out, const uint16_t *q, const shim_
     mil_attention_args args = {
         .out = shim_lend_rows(s, out, n, bucket, row_bytes, SHIM_BACK),
         .q = shim_lend_rows(s, q, n, bucket, row_bytes, SHIM_IN),
+        .out_dtype = (mil_dtype)kv->out_dtype,
         .batch = &step.batch,
         .slots = &step.slots,
         .kv = &pages,
@@ -220,6 +221,7 @@ mil_status shim_attention_replays(shim *s, int32_t n, uint16_t *out, const uint1
     r.args = (mil_attention_args){
         .out = shim_take(s, r.bucket_bytes),
         .q = shim_take(s, r.bucket_bytes),
+        .out_dtype = (mil_dtype)kv->out_dtype,
         .batch = &r.step.batch,
         .slots = &r.step.slots,
         .kv = &r.kv,
@@ -288,7 +290,8 @@ mil_status shim_begin(shim *s, int32_t *tokens, const shim_batch *batch, const s
     mil_kv kv = {.n_pages = 1,
                  .page_size = 64,
                  .n_kv_heads = s->maxima.n_kv_heads,
-                 .head_dim = s->maxima.head_dim};
+                 .head_dim = s->maxima.head_dim,
+                 .dtype = MIL_DTYPE_BF16};
     mil_begin_args args = {
         .plan = step.plan,
         .batch = &step.batch,

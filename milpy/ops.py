@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -97,11 +98,13 @@ def _operand(x: Array) -> Any:
     """What the core reads: a NumPy array as it is, a fresh capsule of any other."""
     if x is None or isinstance(x, np.ndarray) or not hasattr(x, "__dlpack__"):
         return x
-    arguments = {"stream": _NO_SYNC} if _device_of(x) is not None else {}
-    try:
-        return x.__dlpack__(max_version=(1, 0), **arguments)
-    except TypeError:  # a producer from before DLPack 1.0
-        return x.__dlpack__(**arguments)
+    is_on_device = _device_of(x) is not None
+    arguments = {"stream": _NO_SYNC} if is_on_device else {}
+    with _device_made_current(x) if is_on_device else nullcontext():
+        try:
+            return x.__dlpack__(max_version=(1, 0), **arguments)
+        except TypeError:  # a producer from before DLPack 1.0
+            return x.__dlpack__(**arguments)
 
 
 def _device_of(x: Array) -> tuple[int, int] | None:
@@ -110,6 +113,19 @@ def _device_of(x: Array) -> tuple[int, int] | None:
         return None
     kind, ordinal = x.__dlpack_device__()
     return None if kind in (_DLPACK_CPU, _DLPACK_CUDA_HOST) else (int(kind), int(ordinal))
+
+
+def _device_made_current(x: Array) -> AbstractContextManager[object]:
+    """As x's library wants it for an export: torch refuses an array of another device than its
+    current one."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and isinstance(x, torch.Tensor):
+        device: AbstractContextManager[object] = torch.cuda.device(x.device)
+        return device
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        device = x.device
+        return device
+    return nullcontext()
 
 
 def _stream_of(x: Array, device: tuple[int, int]) -> int | None:

@@ -136,7 +136,7 @@ void mil_progress_cancel(mil_progress *progress); /* the load returns MIL_ERR_CL
 typedef struct mil_model mil_model;
 
 typedef struct mil_model_options {
-    const char *device;      /* "cpu", "cuda", "cuda:1"; "auto": CUDA where it can run, else cpu */
+    const char *device; /* "cpu", "cuda", "cuda:1"; "auto": CUDA where there is a GPU, else cpu */
     int32_t tensor_parallel; /* world size, >= 1 */
     int32_t n_threads;       /* over all ranks; 0: from affinity mask and cgroup quota */
     mil_progress *progress;  /* may be NULL */
@@ -317,7 +317,7 @@ void mil_engine_stats_get(mil_engine *engine, mil_engine_stats *stats);
  * total_bytes; of a device's, what was taken is exact to the byte that was asked for, and the
  * driver's rounding is in graph_bytes. */
 typedef struct mil_memory_report {
-    const char *device; /* "cpu", "cuda" */
+    const char *device; /* "cpu", "cuda:0 (NVIDIA H200)"; the model's own text */
     uint64_t weight_bytes;
     uint64_t kv_bytes;
     uint64_t adapter_bytes;   /* contents that the model now holds */

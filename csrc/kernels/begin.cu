@@ -304,17 +304,12 @@ static begin_job job_of(const mil_begin_args *args)
     return job;
 }
 
-static int32_t larger(int32_t a, int32_t b)
-{
-    return a > b ? a : b;
-}
-
 extern "C" mil_status mil_cuda_begin(mil_context *context, const mil_begin_args *args)
 {
     const begin_job job = job_of(args);
     MIL_TRY(mil_launch(context->queue, "begin: copy", copy_kernel,
                        dim3(job.n_tiles + job.n_adapter_sets), dim3(TILE), 0, job));
-    int32_t n = larger(larger(job.n_slot_sets, job.n_page_sets), larger(job.bucket_tokens, 1));
+    int32_t n = max(max(job.n_slot_sets, job.n_page_sets), max(job.bucket_tokens, 1));
     MIL_TRY(mil_launch(context->queue, "begin: apply", apply_kernel, dim3((n - 1) / THREADS + 1),
                        dim3(THREADS), 0, job));
     return mil_cuda_attention_plan(context, args);

@@ -127,7 +127,7 @@ static __global__ void spread_kernel(const __grid_constant__ mil_borrow_v args)
 }
 
 /* One thread for each column of a row, one at least: the first writes what a row has one of. */
-static __global__ void split_kernel(const __grid_constant__ mil_borrow_samples args)
+static __global__ void samples_kernel(const __grid_constant__ mil_borrow_samples args)
 {
     int64_t at = (int64_t)blockIdx.x * BLOCK + threadIdx.x;
     mil_wait_for_previous();
@@ -200,16 +200,11 @@ static mil_status launch(struct mil_queue *queue, const char *what, void (*kerne
         queue, was, mil_launch(queue, what, kernel, dim3(blocks_of(n)), dim3(BLOCK), 0, *args));
 }
 
-static int32_t larger(int32_t a, int32_t b)
-{
-    return a > b ? a : b;
-}
-
 static mil_status fill(struct mil_queue *queue, const mil_borrow_fill *args)
 {
-    int32_t n = larger(MIL_BORROW_FEW, larger(args->n_iota, args->n_ones));
+    int32_t n = max(MIL_BORROW_FEW, max(args->n_iota, args->n_ones));
     for (int32_t a = 0; a < MIL_BORROW_INDICES; a++)
-        n = larger(n, args->indices[a].n);
+        n = max(n, args->indices[a].n);
     return launch(queue, "borrow: fill", fill_kernel, n, args);
 }
 
@@ -230,10 +225,10 @@ static mil_status spread_v(struct mil_queue *queue, const mil_borrow_v *args)
                   (int64_t)args->n_rows * args->padded_rank, args);
 }
 
-static mil_status split_samples(struct mil_queue *queue, const mil_borrow_samples *args)
+static mil_status tell_samples(struct mil_queue *queue, const mil_borrow_samples *args)
 {
-    return launch(queue, "borrow: samples", split_kernel,
-                  (int64_t)args->n * larger(args->n_columns, 1), args);
+    return launch(queue, "borrow: samples", samples_kernel,
+                  (int64_t)args->n * max(args->n_columns, 1), args);
 }
 
 static mil_status plan_attention(mil_context *context, const mil_begin_args *args)
@@ -245,5 +240,5 @@ static mil_status plan_attention(mil_context *context, const mil_begin_args *arg
 
 extern "C" const mil_borrow mil_cuda_borrow = {
     swap_stream, relax_capture, restore_capture, fill,           write_modules,
-    gather_v,    spread_v,      split_samples,   plan_attention,
+    gather_v,    spread_v,      tell_samples,    plan_attention,
 };

@@ -9,6 +9,7 @@
 
 #include <dlfcn.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define PATH_BYTES 1024
@@ -114,6 +115,8 @@ static mil_status open_library(void **handle, int driver)
 {
     static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12", NULL};
     char is_for[16], reason[1024];
+    const char *named = getenv("MILPY_CUBLASLT");
+    bool is_named = named != NULL && named[0] != '\0';
     if (driver >= 13000)
         return mil_cuda_library_open(handle, "MILPY_CUBLASLT", names);
     mil_status status = mil_cuda_library_open(handle, "MILPY_CUBLASLT", names + 1);
@@ -121,6 +124,8 @@ static mil_status open_library(void **handle, int driver)
         return MIL_OK;
     show_version(is_for, sizeof is_for, driver);
     (void)snprintf(reason, sizeof reason, "%s", mil_status_message());
+    if (is_named)
+        return status;
     return mil_fail(status, "%s; the driver is for CUDA %s and runs no newer one", reason, is_for);
 }
 
@@ -200,21 +205,23 @@ mil_status mil_cublas_create(struct mil_cublas **out, mil_queue *queue)
     return status;
 }
 
+static void forget(const library *lib, lt_entry *entry)
+{
+    if (entry->desc != NULL)
+        (void)lib->MatmulDescDestroy(entry->desc);
+    if (entry->w != NULL)
+        (void)lib->MatrixLayoutDestroy(entry->w);
+    if (entry->x != NULL)
+        (void)lib->MatrixLayoutDestroy(entry->x);
+    if (entry->y != NULL)
+        (void)lib->MatrixLayoutDestroy(entry->y);
+    memset(entry, 0, sizeof *entry);
+}
+
 static void empty(struct mil_cublas *cublas)
 {
-    const library *lib = &cublas->lib;
-    for (int32_t i = 0; i < N_ENTRIES; i++) {
-        lt_entry *entry = &cublas->entries[i];
-        if (entry->desc != NULL)
-            (void)lib->MatmulDescDestroy(entry->desc);
-        if (entry->w != NULL)
-            (void)lib->MatrixLayoutDestroy(entry->w);
-        if (entry->x != NULL)
-            (void)lib->MatrixLayoutDestroy(entry->x);
-        if (entry->y != NULL)
-            (void)lib->MatrixLayoutDestroy(entry->y);
-    }
-    memset(cublas->entries, 0, sizeof cublas->entries);
+    for (int32_t i = 0; i < N_ENTRIES; i++)
+        forget(&cublas->lib, &cublas->entries[i]);
     cublas->n_entries = 0;
 }
 
@@ -377,7 +384,13 @@ static mil_status find(struct mil_cublas *cublas, lt_entry **out, const mil_cubl
     entry->key = key;
     entry->is_used = true;
     cublas->n_entries++;
-    return choose(cublas, entry, p->bias);
+    mil_status status = choose(cublas, entry, p->bias);
+    if (status != MIL_OK) {
+        /* Put in last: no search passes over it. A failure is no refusal, and is not remembered. */
+        forget(&cublas->lib, entry);
+        cublas->n_entries--;
+    }
+    return status;
 }
 
 /* Make the entry's layouts be of M rows; false where its algorithm does not take that many. */

@@ -1,9 +1,9 @@
 /* What the CUDA backend's files share on the host: a rank's queue, launches, errors.
  *
- * One queue is one rank's place on one device: a stream that every op runs on, a second one for
- * work beside it, handles, and what was read off the device. Ops never allocate, never wait, and
- * launch so that they can be captured in a graph. Errors of a launch are read and cleared at once;
- * a fault inside a kernel surfaces at the step's fence and is final. */
+ * One queue is one rank's place on one device: a stream that every op runs on, one for work beside
+ * it and one for what comes to the device, handles, and what was read off it. Ops never allocate,
+ * never wait, and launch so that they can be captured in a graph. Errors of a launch are read and
+ * cleared at once; a fault inside a kernel surfaces at the step's fence and is final. */
 #pragma once
 
 #include "ops/backend.h"
@@ -33,12 +33,11 @@ typedef struct mil_queue {
     cudaEvent_t fork, join;
     cudaEvent_t fences[MIL_N_FENCES];
     struct mil_cublas *cublas;
-    void *context; /* the device's primary context; the driver's calls on it are device.h's */
-    void *get_context;
-    void *set_context;
-    void *encode_tiled; /* tensor_map.h: the driver's, on the Hopper path */
-    bool has_pdl;       /* programmatic dependent launch, MILPY_CUDA_PDL=0 turns it off */
-    bool has_side;      /* work beside the stream, MILPY_CUDA_SIDE=0 turns it off */
+    void *context;                   /* the device's primary one */
+    void *get_context, *set_context; /* cuCtxGetCurrent, cuCtxSetCurrent: device.c's */
+    void *encode_tiled;              /* tensor_map.h: the driver's, on the Hopper path */
+    bool has_pdl;  /* programmatic dependent launch, MILPY_CUDA_PDL=0 turns it off */
+    bool has_side; /* work beside the stream, MILPY_CUDA_SIDE=0 turns it off */
 } mil_queue;
 
 /* MIL_OK, or a status whose message says what was tried and what CUDA answered. Clears the error.

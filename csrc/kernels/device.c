@@ -82,11 +82,10 @@ mil_status mil_cuda_driver_find(void **out, const char *name)
                     "cuda: the driver has no %s, expected that of CUDA 12.0 or newer", name);
 }
 
+/* The driver numbers its errors as cudart does. */
 static mil_status driver_status(CUresult result, const char *what)
 {
-    return result == CUDA_SUCCESS
-               ? MIL_OK
-               : mil_fail(MIL_ERR_DEVICE, "cuda: %s: the driver answered %d", what, (int)result);
+    return mil_cuda_status((cudaError_t)result, what);
 }
 
 /* The primary context, which is cudart's and torch's too. It stays for the process: what cudart
@@ -95,13 +94,14 @@ static mil_status find_context(mil_queue *queue)
 {
     void *retain;
     CUcontext context;
+    char what[48];
     MIL_TRY(mil_cuda_driver_find(&queue->get_context, "cuCtxGetCurrent"));
     MIL_TRY(mil_cuda_driver_find(&queue->set_context, "cuCtxSetCurrent"));
     MIL_TRY(mil_cuda_driver_find(&retain, "cuDevicePrimaryCtxRetain"));
+    (void)snprintf(what, sizeof what, "making a context on cuda:%d", queue->ordinal);
     /* A device's handle is its ordinal. */
     MIL_TRY(driver_status(
-        ((__typeof__(&cuDevicePrimaryCtxRetain))retain)(&context, (CUdevice)queue->ordinal),
-        "cuDevicePrimaryCtxRetain"));
+        ((__typeof__(&cuDevicePrimaryCtxRetain))retain)(&context, (CUdevice)queue->ordinal), what));
     queue->context = context;
     return MIL_OK;
 }
@@ -128,7 +128,7 @@ mil_status mil_cuda_leave(const mil_queue *queue, void *was, mil_status status)
     /* The first failure is the one to tell. */
     if (status == MIL_OK)
         return set_context(queue, was);
-    char first[512];
+    char first[1024];
     (void)snprintf(first, sizeof first, "%s", mil_status_message());
     if (set_context(queue, was) != MIL_OK)
         return mil_fail(status, "%s", first);
@@ -201,7 +201,7 @@ static mil_status read_device(mil_queue *queue)
     if (capability < OLDEST_CAPABILITY)
         return mil_fail(MIL_ERR_DEVICE, "%s: compute capability is %d.%d, expected 8.0 or newer",
                         queue->label, properties.major, properties.minor);
-    /* Makes the context where there is none: what that takes is not the queue's. */
+    /* The context is there: what it took is not the queue's. */
     size_t n_total;
     MIL_CUDA_TRY(cudaMemGetInfo(&queue->n_free_at_open, &n_total));
     return read_path(queue, capability);
@@ -252,7 +252,20 @@ static mil_status fill_queue(mil_queue *queue)
     MIL_TRY(read_device(queue));
     MIL_TRY(make_streams(queue));
     MIL_TRY(mil_cuda_product_load());
+    MIL_TRY(mil_cuda_send_load());
     return mil_cublas_create(&queue->cublas, queue);
+}
+
+static void queue_close(struct mil_queue *queue)
+{
+    call it;
+    if (queue == NULL)
+        return;
+    const mil_queue gone = {.context = queue->context, .set_context = queue->set_context};
+    bool is_entered = begin_call(queue, &it) == MIL_OK;
+    destroy(queue);
+    if (is_entered)
+        (void)end_call(&gone, &it, MIL_OK);
 }
 
 static mil_status queue_open(struct mil_queue **out, int32_t ordinal)
@@ -267,28 +280,19 @@ static mil_status queue_open(struct mil_queue **out, int32_t ordinal)
     MIL_TRY(mil_alloc_checked((void **)&queue, 1, sizeof *queue, "cuda queue"));
     queue->ordinal = ordinal;
     mil_status status = find_context(queue);
-    if (status == MIL_OK)
-        status = begin_call(queue, &it);
+    if (status != MIL_OK) {
+        mil_free(queue);
+        return status;
+    }
+    status = begin_call(queue, &it);
     if (status == MIL_OK)
         status = end_call(queue, &it, fill_queue(queue));
     if (status != MIL_OK) {
-        destroy(queue);
+        queue_close(queue); /* in its own context: none is made elsewhere */
         return status;
     }
     *out = queue;
     return MIL_OK;
-}
-
-static void queue_close(struct mil_queue *queue)
-{
-    call it;
-    if (queue == NULL)
-        return;
-    const mil_queue gone = {.context = queue->context, .set_context = queue->set_context};
-    bool is_entered = begin_call(queue, &it) == MIL_OK;
-    destroy(queue);
-    if (is_entered)
-        (void)end_call(&gone, &it, MIL_OK);
 }
 
 /* ---- memory ---- */

@@ -28,6 +28,8 @@ mil_status mil_cuda_pack_dummy(struct mil_queue *queue, mil_weight *weight, int3
 
 /* n_bytes of device memory to pinned host memory, both 4-byte aligned, on the queue's stream. */
 mil_status mil_cuda_send_out(mil_queue *queue, void *host, const void *device, size_t n_bytes);
+/* Its kernel is loaded now: no step's warm-up runs it. */
+mil_status mil_cuda_send_load(void);
 /* n 16-bit words of device memory, 2-byte aligned, on the queue's stream. */
 mil_status mil_cuda_fill_16(mil_queue *queue, void *device, uint16_t word, size_t n);
 /* The architecture that the kernels now loaded were written for, as PTX counts: 80, 90. */

@@ -1,7 +1,5 @@
 /* fill_16: device[i] = word for n 16-bit words; any 2-byte alignment. Bound by the bytes written,
- * 16 at once between the ends.
- * send_out: words of device memory to pinned host memory, written in place: a copy engine's start
- * would lie between two steps, and so would an adapter that it has on its way. */
+ * 16 at once between the ends. */
 #include "kernels/device.h"
 
 #include "kernels/common.cuh"
@@ -39,27 +37,6 @@ extern "C" mil_status mil_cuda_fill_16(mil_queue *queue, void *device, uint16_t 
     return mil_launch(queue, "fill_16", fill_kernel, dim3(n_blocks < most ? n_blocks : most),
                       dim3(THREADS), 0, (uint16_t *)device, word, (int64_t)n,
                       (int64_t)(n_before < n ? n_before : n));
-}
-
-static __global__ void __launch_bounds__(THREADS)
-    send_kernel(uint32_t *host, const uint32_t *device, int64_t n)
-{
-    mil_wait_for_previous();
-    mil_let_next_start();
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < n)
-        host[i] = __ldcg(device + i);
-}
-
-extern "C" mil_status mil_cuda_send_out(mil_queue *queue, void *host, const void *device,
-                                        size_t n_bytes)
-{
-    size_t n = n_bytes / sizeof(uint32_t);
-    if (n == 0)
-        return MIL_OK;
-    return mil_launch(queue, "sending results out", send_kernel,
-                      dim3((unsigned)((n + THREADS - 1) / THREADS)), dim3(THREADS), 0,
-                      (uint32_t *)host, (const uint32_t *)device, (int64_t)n);
 }
 
 extern "C" mil_status mil_cuda_kernels_arch(int32_t *arch)

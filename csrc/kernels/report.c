@@ -31,7 +31,7 @@ static mil_status try_queue(mil_gpu_report *report, int32_t ordinal)
                    mil_cublas_path(queue->cublas));
     mil_status status = mil_cuda_device.memory(queue, &memory);
     if (status == MIL_OK) {
-        report->free_bytes = memory.n_free;
+        report->free_bytes = memory.n_free_at_open;
         report->total_bytes = memory.n_total;
     }
     mil_cuda_device.close(queue);
@@ -44,7 +44,12 @@ mil_status mil_cuda_report(mil_gpu_report *report, int32_t ordinal)
     int driver = 0;
     memset(report, 0, sizeof *report);
     MIL_CUDA_TRY(cudaDriverGetVersion(&driver));
-    MIL_CUDA_TRY(cudaGetDeviceProperties(&properties, ordinal));
+    mil_status status =
+        mil_cuda_status(cudaGetDeviceProperties(&properties, ordinal), "reading its properties");
+    if (status != MIL_OK) {
+        (void)snprintf(report->problem, sizeof report->problem, "%s", mil_status_message());
+        return MIL_OK;
+    }
     memcpy(report->name, properties.name, sizeof report->name - 1);
     report->compute_capability = properties.major * 10 + properties.minor;
     report->driver_cuda = driver;

@@ -350,15 +350,11 @@ static __global__ void __launch_bounds__(THREADS, 1) choose_kernel(sample_job jo
 
 /* ---- launch ---- */
 
-static int32_t ceil_div(int32_t a, int32_t b)
-{
-    return (a + b - 1) / b;
-}
-
 extern "C" size_t mil_cuda_sample_workspace(const mil_maxima *maxima)
 {
-    int64_t n_bytes = maxima->max_logit_rows * sample_row_bytes(ceil_div(maxima->vocab, SEGMENT),
-                                                                ceil_div(maxima->vocab, GROUP));
+    int64_t n_bytes =
+        maxima->max_logit_rows *
+        sample_row_bytes(mil_ceil_div(maxima->vocab, SEGMENT), mil_ceil_div(maxima->vocab, GROUP));
     return mil_round_up((size_t)n_bytes, 256);
 }
 
@@ -385,8 +381,8 @@ extern "C" mil_status mil_cuda_sample(mil_context *context, const mil_sample_arg
     job.n_slots = args->slots->n_slots;
     job.first_row = args->first_row;
     job.vocab = args->vocab;
-    job.n_segments = ceil_div(args->vocab, SEGMENT);
-    job.n_groups = ceil_div(args->vocab, GROUP);
+    job.n_segments = mil_ceil_div(args->vocab, SEGMENT);
+    job.n_groups = mil_ceil_div(args->vocab, GROUP);
     job.row_bytes = sample_row_bytes(job.n_segments, job.n_groups);
     dim3 passes(args->n_rows, job.n_segments);
     MIL_TRY(mil_launch(context->queue, "sample: maxima", maxima_kernel, passes, dim3(PASS_THREADS),

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define MIL_MAX_BUCKETS 88 /* of 2^20 sequences; 65,536 have 71 */
+#define MIL_MAX_BUCKETS 88 /* room for 2^20 sequences; 65,536 have 71 */
 
 typedef struct mil_graphs {
     int32_t n_buckets;

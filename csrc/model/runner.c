@@ -95,13 +95,16 @@ size_t mil_runner_page_bytes(const mil_model *model, int32_t page_size)
 static mil_status check_options(const mil_runner_options *options)
 {
     const mil_plan_limits *limits = &options->limits;
+    /* A decode step of the largest bucket has as many. */
+    int32_t least_rows =
+        limits->max_seqs < limits->max_tokens ? limits->max_seqs : limits->max_tokens;
     const struct {
         const char *name;
         int32_t value, least, most;
     } fields[] = {
         {"max_seqs", limits->max_seqs, 1, 1 << 20},
         {"max_tokens", limits->max_tokens, 1, 1 << 20},
-        {"max_logit_rows", limits->max_logit_rows, 1, limits->max_tokens},
+        {"max_logit_rows", limits->max_logit_rows, least_rows, limits->max_tokens},
         {"max_pages_per_seq", limits->max_pages_per_seq, 1, 1 << 24},
         {"max_page_sets", limits->max_page_sets, 1, INT32_MAX},
         {"max_adapter_slots", limits->max_adapter_slots, 0, 1 << 20},
@@ -172,7 +175,8 @@ void mil_runner_free(mil_runner *runner)
     mil_model *model = runner->model;
     /* What is in flight reads what goes now; that it failed was said where it was waited for. With
      * nothing in flight the queue is left alone: another driver may be capturing on it. */
-    if (runner->is_dead || runner->n_retired != runner->n_submitted) {
+    bool is_host = model->backend->device->is_host;
+    if (!is_host && (runner->is_dead || runner->n_retired != runner->n_submitted)) {
         pthread_mutex_lock(&model->step_lock);
         mil_status status = model->backend->device->synchronize(model->ranks[0].queue);
         (void)status;
@@ -277,7 +281,7 @@ static mil_status prepare_steps(mil_runner *runner)
         status = model->backend->device->synchronize(model->ranks[0].queue);
     runner->capture_ns += runner->options.has_graphs ? mil_clock_ns() - begin : 0;
     pthread_mutex_unlock(&model->step_lock);
-    runner->is_dead = status != MIL_OK;
+    runner->is_dead = runner->is_dead || status != MIL_OK;
     return status;
 }
 
@@ -399,6 +403,18 @@ static mil_status check_lengths(const mil_runner *runner)
     return MIL_OK;
 }
 
+/* What shapes the launches holds what is there. */
+static mil_status check_buckets(const mil_plan_header *header)
+{
+    if (header->bucket_seqs >= header->n_seqs && header->bucket_tokens >= header->n_tokens &&
+        header->bucket_logit_rows >= header->n_logit_rows &&
+        header->bucket_segments >= header->n_segments &&
+        header->bucket_lora_rows >= header->n_lora_rows)
+        return MIL_OK;
+    return mil_fail(MIL_ERR_INTERNAL, "plan: step %llu has buckets below its counts",
+                    (unsigned long long)header->step);
+}
+
 /* Where the adapter sets' descriptors lie, for every rank. */
 static mil_status find_contents(mil_runner *runner)
 {
@@ -450,6 +466,8 @@ static mil_status submit(mil_runner *runner)
     MIL_TRY(find_contents(runner));
     mil_plan_find_positions(plan);
     choose_buckets(runner);
+    if (runner->is_checked)
+        MIL_TRY(check_buckets(runner->step.batch.header));
     MIL_TRY(mil_team_run(runner->model->team, step_rank, runner));
     runner->n_submitted++;
     return MIL_OK;
@@ -485,7 +503,7 @@ mil_status mil_runner_submit(mil_runner *runner)
 /* A device's fault shows only here, where its step is waited for. */
 static mil_status name_step(uint64_t step, mil_status status)
 {
-    char what[512];
+    char what[1024];
     if (status == MIL_OK)
         return MIL_OK;
     (void)snprintf(what, sizeof what, "%s", mil_status_message());

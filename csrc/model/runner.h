@@ -32,6 +32,8 @@ typedef struct mil_runner_options {
  * steps where it has graphs: then it waits until no other driver of the model is in a step. */
 mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runner_options *options)
     MIL_WARN_UNUSED;
+/* Not while entered. On a device, one that is dead or has steps in flight waits until no other
+ * driver of the model is in a step. */
 void mil_runner_free(mil_runner *runner);
 
 /* Give the pages back and take n_pages instead; decode steps are captured again. Nothing may be in

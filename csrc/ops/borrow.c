@@ -62,7 +62,7 @@ static mil_status spread_v(struct mil_queue *queue, const mil_borrow_v *args)
     return MIL_OK;
 }
 
-static mil_status split_samples(struct mil_queue *queue, const mil_borrow_samples *args)
+static mil_status tell_samples(struct mil_queue *queue, const mil_borrow_samples *args)
 {
     (void)queue;
     for (int64_t i = 0; i < args->n; i++) {
@@ -92,6 +92,6 @@ const mil_borrow mil_host_borrow = {
     .write_modules = write_modules,
     .gather_v = gather_v,
     .spread_v = spread_v,
-    .split_samples = split_samples,
+    .tell_samples = tell_samples,
     .plan_attention = plan_attention,
 };

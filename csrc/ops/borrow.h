@@ -78,9 +78,10 @@ typedef struct mil_borrow_samples {
 
 typedef struct mil_borrow {
     /* What is queued goes to `stream` (a cudaStream_t; NULL: the legacy default stream) until
-     * another is swapped in; returns the one before. The queue's own must be back before it
-     * allocates, copies or is closed. From the first swap on no launch of the queue overlaps the
-     * kernel before it: ops read weights early, and here a caller's kernel may have written them.
+     * another is swapped in; returns the one before. The queue's own must be back before
+     * anything is copied out or it is closed; alloc and copy_in use neither. From the first swap on
+     * no launch of the queue overlaps the kernel before it: ops read weights early, and here a
+     * caller's kernel may have written them.
      */
     void *(*swap_stream)(struct mil_queue *queue, void *stream);
     /* From here on this thread may do what a capture forbids, be it its own or another thread's:
@@ -93,7 +94,7 @@ typedef struct mil_borrow {
     mil_status (*gather_v)(struct mil_queue *queue, const mil_borrow_v *args);
     /* v = plain, for an expand whose modules have in 1 and scale 1. */
     mil_status (*spread_v)(struct mil_queue *queue, const mil_borrow_v *args);
-    mil_status (*split_samples)(struct mil_queue *queue, const mil_borrow_samples *args);
+    mil_status (*tell_samples)(struct mil_queue *queue, const mil_borrow_samples *args);
     /* What begin notes of a batch for attention, from the device's arrays. */
     mil_status (*plan_attention)(mil_context *context, const mil_begin_args *args);
 } mil_borrow;

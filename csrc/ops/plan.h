@@ -60,9 +60,9 @@ typedef struct mil_plan_header {
     int32_t n_lora_rows; /* segment_indptr[G] */
     /* Buckets, which shape launches: >= the counts. */
     int32_t bucket_seqs, bucket_tokens, bucket_logit_rows;
-    int32_t bucket_chunks;   /* sequences of several tokens; 0: nothing is launched for them */
-    int32_t bucket_segments; /* 0: the step launches no LoRA op */
-    int32_t bucket_lora_rows;
+    int32_t bucket_chunks;    /* sequences of several tokens; 0: nothing is launched for them */
+    int32_t bucket_segments;  /* 0: the step launches no LoRA op */
+    int32_t bucket_lora_rows; /* rows with an adapter; shapes LoRA's launches */
 } mil_plan_header;
 
 /* The header, then the arrays of mil_batch in their order, each aligned to 64 bytes. */

@@ -16,7 +16,12 @@ const char *const mil_error_names[MIL_N_STATUS] = {
 PyObject *mil_raise(mil_module_state *state, mil_status status)
 {
     PyObject *type = status > MIL_OK && status < MIL_N_STATUS ? state->errors[status] : NULL;
-    PyErr_SetString(type != NULL ? type : PyExc_SystemError, mil_status_message());
+    /* A message that was cut may end inside a letter. */
+    const char *message = mil_status_message();
+    PyObject *text = PyUnicode_DecodeUTF8(message, (Py_ssize_t)strlen(message), "replace");
+    if (text != NULL)
+        PyErr_SetObject(type != NULL ? type : PyExc_SystemError, text);
+    Py_XDECREF(text);
     return NULL;
 }
 

@@ -3,45 +3,25 @@
 
 #include "python/convert.h"
 
-#include "ops/backend.h"
 #include "ops/find.h"
 
-/* Opens a queue, so that a missing library is found as well. */
-static mil_status read_memory(const char *name, mil_device_memory *memory)
-{
-    const mil_backend *backend;
-    struct mil_queue *queue = NULL;
-    MIL_TRY(mil_backend_find(&backend, name));
-    MIL_TRY(backend->device->open(&queue, 0));
-    mil_status status = backend->device->memory(queue, memory);
-    backend->device->close(queue);
-    return status;
-}
+#include <string.h>
 
-PyObject *mil_py_device_report(PyObject *module, PyObject *name)
+/* Cut text may end inside a letter. */
+static PyObject *decode(const char *text)
 {
-    mil_device_memory memory = {0};
-    mil_status status;
-    const char *text = PyUnicode_AsUTF8(name);
-    if (text == NULL)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    status = read_memory(text, &memory);
-    Py_END_ALLOW_THREADS
-    if (status != MIL_OK)
-        return mil_raise(PyModule_GetState(module), status);
-    return Py_BuildValue("{s:K,s:K}", "memory_bytes", (unsigned long long)memory.n_total,
-                         "memory_free_bytes", (unsigned long long)memory.n_free);
+    return PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "replace");
 }
 
 static PyObject *dict_of(const mil_gpu_report *gpu)
 {
-    return Py_BuildValue(
-        "{s:s,s:i,s:i,s:i,s:K,s:s,s:K,s:s,s:L,s:s}", "name", gpu->name, "compute_capability",
-        gpu->compute_capability, "driver_cuda", gpu->driver_cuda, "build_cuda", gpu->build_cuda,
-        "total_bytes", (unsigned long long)gpu->total_bytes, "problem", gpu->problem, "free_bytes",
-        (unsigned long long)gpu->free_bytes, "kernels", gpu->kernels, "cublaslt_version",
-        (long long)gpu->cublaslt_version, "cublaslt_path", gpu->cublaslt_path);
+    return Py_BuildValue("{s:s,s:i,s:i,s:i,s:K,s:N,s:K,s:s,s:L,s:N}", "name", gpu->name,
+                         "compute_capability", gpu->compute_capability, "driver_cuda",
+                         gpu->driver_cuda, "build_cuda", gpu->build_cuda, "total_bytes",
+                         (unsigned long long)gpu->total_bytes, "problem", decode(gpu->problem),
+                         "free_bytes", (unsigned long long)gpu->free_bytes, "kernels", gpu->kernels,
+                         "cublaslt_version", (long long)gpu->cublaslt_version, "cublaslt_path",
+                         decode(gpu->cublaslt_path));
 }
 
 /* 0, or -1 with a Python exception. */

@@ -3,6 +3,5 @@
 
 #include "python/state.h"
 
-PyObject *mil_py_device_report(PyObject *module, PyObject *name);
 PyObject *mil_py_gpu_reports(PyObject *module, PyObject *unused);
 PyObject *mil_py_add_library_dir(PyObject *module, PyObject *path);

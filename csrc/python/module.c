@@ -48,9 +48,6 @@ static PyMethodDef methods[] = {
     {"memory_held", memory_held, METH_NOARGS, "Bytes that the C core now holds."},
     {"memory_calls", memory_calls, METH_NOARGS,
      "Allocations of the C core since the process began."},
-    {"device_report", mil_py_device_report, METH_O,
-     "What the first device of a backend (\"cpu\", \"cuda\") offers: memory_bytes,\n"
-     "memory_free_bytes. Raises EngineError, which says what is missing."},
     {"gpu_reports", mil_py_gpu_reports, METH_NOARGS,
      "A dict for each GPU: what it is, which kernels run there with which cuBLASLt, or the "
      "problem.\n"

@@ -250,10 +250,10 @@ static void check_params(mil_op_call *call, const mil_operand *params)
 }
 
 /* What the samples tell beside the token. */
-static void split(mil_op_call *call, const sample_operands *o, const mil_borrow_samples *samples)
+static void tell(mil_op_call *call, const sample_operands *o, const mil_borrow_samples *samples)
 {
     if (o->logprobs != NULL && call->status == MIL_OK)
-        call->status = call->place->borrow->split_samples(call->context->queue, samples);
+        call->status = call->place->borrow->tell_samples(call->context->queue, samples);
 }
 
 static void run_sample(mil_op_call *call, void *argument)
@@ -311,7 +311,7 @@ static void run_sample(mil_op_call *call, void *argument)
             backend->device->fill_16(call->context->queue, slots.last_token, 0xffff, 2 * (size_t)n);
     if (call->status == MIL_OK)
         call->status = backend->sample(call->context, &args);
-    split(call, o, &samples);
+    tell(call, o, &samples);
 }
 
 static void take_logprobs(mil_op_call *call, sample_operands *o, PyObject *const objects[4],

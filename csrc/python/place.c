@@ -162,19 +162,14 @@ void mil_place_leave(mil_place *place)
     pthread_mutex_unlock(&place->lock);
 }
 
-/* On the queue's own stream: the caller's may be capturing. */
+/* Beside the caller's stream, which may be capturing. */
 static mil_status add_block(mil_place *place, size_t n_bytes)
 {
-    struct mil_queue *queue = place->context.queue;
     if (place->n_blocks == MIL_PLACE_BLOCKS)
         return mil_fail(MIL_ERR_MEMORY, "ops: scratch has %d blocks, expected fewer",
                         MIL_PLACE_BLOCKS);
-    if (place->is_swapped)
-        (void)place->borrow->swap_stream(queue, place->own_stream);
     mil_status status = place->context.backend->device->alloc(
-        queue, &place->blocks[place->n_blocks], n_bytes, "scratch of milpy.ops");
-    if (place->is_swapped)
-        (void)place->borrow->swap_stream(queue, place->stream);
+        place->context.queue, &place->blocks[place->n_blocks], n_bytes, "scratch of milpy.ops");
     place->n_blocks += status == MIL_OK;
     return status;
 }

@@ -50,8 +50,12 @@ static void stepper_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
     stepper_object *self = (stepper_object *)object;
-    if (self->model != NULL && mil_model_object_is_ours(self->model))
+    if (self->model != NULL && mil_model_object_is_ours(self->model)) {
+        /* May wait for another driver's steps. */
+        Py_BEGIN_ALLOW_THREADS
         mil_stepper_free(self->stepper);
+        Py_END_ALLOW_THREADS
+    }
     if (self->model != NULL)
         self->model->n_users--;
     Py_CLEAR(self->model);

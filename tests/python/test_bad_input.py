@@ -15,6 +15,8 @@ from helpers.tiny_llama import write_adapter, write_tiny_llama
 from helpers.tiny_tokenizer import VOCAB, byte_bpe, write_tokenizer
 
 from milpy import _C, LLM, SamplingParams
+from milpy.checkpoint import open_checkpoint
+from milpy.config import read_model_config
 from milpy.errors import (
     AdapterError,
     AnswerError,
@@ -343,3 +345,14 @@ def test_a_bad_adapter_is_named_and_nothing_of_it_is_held(
     with pytest.raises(AdapterError, match=message):
         LLM(model, adapters={"good": tmp_path / "good", "bad": folder}, progress=False)
     assert _C.memory_held() <= before
+
+
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_a_message_that_is_cut_inside_a_letter_is_told_as_far_as_it_goes(
+    model: Path, n_before: int
+) -> None:
+    """The core's messages have an end, which once fell between the bytes of a letter."""
+    config = read_model_config(model)
+    name = "x" * n_before + "ü" * 2000
+    with pytest.raises(RequestError, match=f"device is '{name[:100]}"):
+        _C.Model(config, open_checkpoint(model, config), max_position=64, device=name, n_threads=1)

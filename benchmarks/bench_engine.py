@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from benchmarks import engine_cpu, engine_cuda
+from milpy.errors import MilpyError
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +22,10 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.device == "cpu":
         return engine_cpu.main(rest)
-    return engine_cuda.main(rest, options.device)
+    try:
+        return engine_cuda.main(rest, options.device)
+    except MilpyError as problem:
+        raise SystemExit(f"bench_engine: {problem}") from None
 
 
 if __name__ == "__main__":

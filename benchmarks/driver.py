@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -28,5 +29,8 @@ def build_for_cuda(name: str) -> Path:
     program = Path("build") / "bench" / name
     jobs = f"-j{len(os.sched_getaffinity(0))}"
     command = ["make", "-s", jobs, "MILPY_CUDA=1", str(program)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print(f"building {program}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise SystemExit(f"found no {program}: make failed, see above")
     return ROOT / program

@@ -99,7 +99,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", action="append", default=[], type=_name_and_path,
                         metavar="NAME=PATH", help="a PEFT adapter; may be repeated")  # fmt: skip
     parser.add_argument("--device", default="auto",
-                        help="cpu, cuda, cuda:N or auto: CUDA where it can run")  # fmt: skip
+                        help="cpu, cuda, cuda:N or auto: CUDA where there is a GPU")  # fmt: skip
     parser.add_argument("--load-format", default="auto", choices=("auto", "dummy"),
                         help="dummy: random weights from config.json alone")  # fmt: skip
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 PACKAGES = ("numpy", "tokenizers", "huggingface_hub", "jinja2", "tqdm")
 CHECKOUT_PACKAGES = ("ml_dtypes", "pytest", "torch", "transformers", "peft")
 OLDEST_PYTHON = (3, 10)
-CUDA_BUILD = (
-    "; for one: nvcc 12.4 or newer, then MILPY_CUDA=1 make, or MILPY_CUDA=1 pip install -e ."
-)
+CUDA_BUILD = "; for one: nvcc 12.4 or newer and g++, then make, or pip install -e ."
 
 Line = tuple[str, str]
 
@@ -103,8 +101,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _devices() -> list[str]:
+    return sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
 def _gpu() -> str:
-    devices = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    devices = _devices()
     return ", ".join(devices) if devices else "found no /dev/nvidia0"
 
 
@@ -120,7 +122,7 @@ def _cuda() -> Iterator[Line]:
     try:
         gpus = _C.gpu_reports()
     except MilpyError as problem:
-        advice = "" if _C.HAS_CUDA else CUDA_BUILD
+        advice = CUDA_BUILD if _devices() and not _C.HAS_CUDA else ""
         yield "cuda", f"cannot run: {problem}{advice}"
         return
     driver, build = (cuda_version(gpus[0][key]) for key in ("driver_cuda", "build_cuda"))

@@ -160,11 +160,11 @@ def _log_dtype(folder: Path, checkpoint: Checkpoint | None, dtype: str) -> None:
 
 def _log_device(no_cuda: str) -> None:
     """Why device auto is the CPU: worth a warning where there is a GPU that could be used."""
+    if not no_cuda:
+        return
     has_gpu = any(DEVICE_FILES.glob("nvidia[0-9]*"))
-    if no_cuda:
-        _log.log(
-            logging.WARNING if has_gpu else logging.INFO, "device auto is the CPU: %s", no_cuda
-        )
+    level = logging.WARNING if has_gpu else logging.INFO
+    _log.log(level, "device auto is the CPU: %s", no_cuda)
 
 
 def _load_weights(

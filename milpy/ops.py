@@ -119,7 +119,7 @@ def _device_made_current(x: Array) -> AbstractContextManager[object]:
     """As x's library wants it for an export: torch refuses an array of another device than its
     current one."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and isinstance(x, torch.Tensor):
+    if torch is not None and isinstance(x, torch.Tensor) and x.is_cuda:
         device: AbstractContextManager[object] = torch.cuda.device(x.device)
         return device
     if cupy is not None and isinstance(x, cupy.ndarray):
@@ -176,16 +176,18 @@ def _run(
 def _sizes(op: str, name: str, x: Array, n_dims: int) -> tuple[int, ...]:
     shape = getattr(x, "shape", None)
     if shape is None or len(shape) != n_dims:
-        found = type(x).__name__ if shape is None else f"shape {tuple(shape)}"
-        raise RequestError(f"{op}: {name} has {found}, expected {n_dims} dimensions")
+        found = f"is a {type(x).__name__}" if shape is None else f"has shape {tuple(shape)}"
+        raise RequestError(f"{op}: {name} {found}, expected an array of {n_dims} dimensions")
     return tuple(int(size) for size in shape)
 
 
-def _empty(op: str, beside: Array, shape: Sequence[int], dtype: object) -> NDArray[Any]:
-    """A result beside a NumPy array."""
+def _empty(
+    op: str, beside: Array, shape: Sequence[int], dtype: object, name: str = "out"
+) -> NDArray[Any]:
+    """An array of that name beside a NumPy array."""
     if not isinstance(beside, np.ndarray):
         raise RequestError(
-            f"{op}: out is None, expected an array: results are allocated for NumPy arrays only"
+            f"{op}: {name} is None, expected an array: they are made beside NumPy arrays only"
         )
     return np.empty(shape, np.dtype(dtype))  # type: ignore[call-overload]
 
@@ -309,6 +311,25 @@ _SAMPLING = np.dtype(
 )
 
 
+def _column(name: str, value: ArrayLike, n: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The value, or one for each row, that this type holds as it is."""
+    found = np.asarray(value)
+    kinds = "iuf" if dtype.kind == "f" else "iu"
+    if found.dtype.kind not in kinds or found.shape not in ((), (n,)):
+        what = "numbers" if dtype.kind == "f" else "integers"
+        shown = f"{found.dtype} of shape {found.shape}"
+        raise RequestError(
+            f"sampling_params: {name} is {shown}, expected {what}, one or one for each of {n} rows"
+        )
+    if dtype.kind != "f" and found.size > 0:
+        least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+        low, high = int(found.min()), int(found.max())
+        if low < least or high > most:
+            bad = low if low < least else high
+            raise RequestError(f"sampling_params: {name} is {bad}, expected {least} to {most}")
+    return found
+
+
 def sampling_params(
     n: int,
     *,
@@ -325,10 +346,15 @@ def sampling_params(
     GPU, copy the result there. They are checked by `sample`, where it can see them.
     """
     params = np.zeros(n, _SAMPLING)
-    for name, value in [("temperature", temperature), ("top_k", top_k), ("top_p", top_p)]:
-        params[name] = value
-    params["n_logprobs"] = n_logprobs
-    params["seed"] = np.asarray(seed, np.uint64)
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "n_logprobs": n_logprobs,
+        "seed": seed,
+    }
+    for name, value in given.items():
+        params[name] = _column(name, value, n, _SAMPLING[name])
     return params.view(np.int32).reshape(n, _SAMPLING.itemsize // 4)
 
 
@@ -362,7 +388,7 @@ def _sample_arrays(
 ) -> list[Array]:
     n = _sizes(op, "logits", logits, 2)[0]
     if positions is None:
-        positions = _empty(op, logits, (n,), np.int32)
+        positions = _empty(op, logits, (n,), np.int32, "positions")
         positions[:] = 0
     if out is None:
         out = _empty(op, logits, (n,), np.int32)
@@ -407,22 +433,29 @@ def sample_logprobs(
     logits, params, positions and out as in `sample`, the same tokens; logprobs [n] float32, of the
     token; ranks [n] int32, 1 plus how many logits come before the token's (larger, or equal at a
     lower id); top_tokens [n, c] int32 and top_logprobs [n, c] float32, c <= 20: the row's
-    n_logprobs best, best first, cut to c; -1 and 0 where there are fewer (NumPy's have room for the
-    most that a row of params asks for). A row with n_logprobs -1 or token -1 has logprob 0, rank 0.
-    On a GPU n_logprobs above 20 counts as 20, below 0 as -1. log_softmax of torch.nn.functional,
+    n_logprobs best, best first, cut to c; -1 and 0 where there are fewer (c is that of the one that
+    is given, else what the rows of params ask for). A row with n_logprobs -1 or token -1 has logprob
+    0, rank 0. On a GPU n_logprobs above 20 counts as 20, below 0 as -1. log_softmax of torch.nn.functional,
     in float32. Device, stream, errors: see this module.
     """
     op = "sample_logprobs"
     arrays = _sample_arrays(op, logits, params, positions, out)
-    n, columns = _sizes(op, "logits", logits, 2)[0], _n_columns(params)
+    n = _sizes(op, "logits", logits, 2)[0]
     if logprobs is None:
-        logprobs = _empty(op, logits, (n,), np.float32)
+        logprobs = _empty(op, logits, (n,), np.float32, "logprobs")
     if ranks is None:
-        ranks = _empty(op, logits, (n,), np.int32)
+        ranks = _empty(op, logits, (n,), np.int32, "ranks")
+    # As many columns as the one that is given.
     if top_tokens is None:
-        top_tokens = _empty(op, logits, (n, columns), np.int32)
+        columns = (
+            _n_columns(params)
+            if top_logprobs is None
+            else _sizes(op, "top_logprobs", top_logprobs, 2)[1]
+        )
+        top_tokens = _empty(op, logits, (n, columns), np.int32, "top_tokens")
     if top_logprobs is None:
-        top_logprobs = _empty(op, logits, _sizes(op, "top_tokens", top_tokens, 2), np.float32)
+        columns = _sizes(op, "top_tokens", top_tokens, 2)[1]
+        top_logprobs = _empty(op, logits, (n, columns), np.float32, "top_logprobs")
     arrays += [logprobs, ranks, top_tokens, top_logprobs]
     _run(_C.op_sample, arrays, device=device, stream=stream)
     return Sampled(arrays[0], logprobs, ranks, top_tokens, top_logprobs)
@@ -492,7 +525,8 @@ def rope_and_cache(
     power of two from 16 to 256, D a multiple of 8 up to 256; page_table [S, max_pages] int32;
     query_indptr [S + 1] int32, the sequences' first rows of T, from 0 to T; kv_lengths [S] int32,
     these tokens included: token i of a sequence's n goes to row kv_length - n + i of its pages; out
-    [T, N, D] of the caches' dtype. Float16 cannot hold 65520 and more: such values become infinite.
+    [T, N, D] of the caches' dtype. Float16 cannot hold 65520 and more: such values become infinite;
+    on a GPU it has no more than qkv's bfloat16 bits.
 
     On a GPU a token whose page or length is bad is not written to the cache, and a start outside
     0 .. T is that of the sequence before. Pages as in PagedAttention (Kwon et al. 2023). Device,

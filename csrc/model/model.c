@@ -155,7 +155,7 @@ static mil_status measure_libraries(mil_model *model)
 
 /* ---- open and free ---- */
 
-/* "cpu", "cuda", "cuda:1"; NULL and "auto": CUDA where it can run, else the CPU. */
+/* "cpu", "cuda", "cuda:1"; NULL and "auto": CUDA where there is a GPU, else the CPU. */
 static mil_status find_backend(mil_model *model, const char *device)
 {
     char name[16] = "";

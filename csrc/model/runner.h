@@ -14,7 +14,6 @@
 extern "C" {
 #endif
 
-#define MIL_MAX_PAGE_SIZE 256
 
 typedef struct mil_runner mil_runner;
 

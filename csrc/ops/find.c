@@ -10,7 +10,8 @@ static mil_status no_cuda(void)
 {
     return mil_fail(
         MIL_ERR_DEVICE,
-        "this build has no CUDA: MILPY_CUDA was 0, or auto and no GPU or nvcc was found");
+        "this build has no CUDA: MILPY_CUDA was 0, or auto and no GPU, or not all of nvcc, g++ and "
+        "CUDA's headers, was found");
 }
 #endif
 

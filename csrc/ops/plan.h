@@ -115,6 +115,8 @@ typedef struct mil_slots {
     int32_t *page_table;    /* [n_slots][max_pages] */
 } mil_slots;
 
+#define MIL_MAX_PAGE_SIZE 256 /* rows; a power of two from 16 on */
+
 /* KV pages of one rank: layer l's K at k + l * layer_elements, page p of it at p * K * P * D there,
  * laid out [page][kv_head][row][head_dim]; V likewise. */
 typedef struct mil_kv {

@@ -86,7 +86,8 @@ def test_a_cuda_version_reads_as_nvidia_writes_it() -> None:
 def test_a_build_without_cuda_says_so_and_how_to_get_one() -> None:
     (line,) = values_of(run("-m", "milpy", "doctor"), "cuda")
     assert line.startswith("cannot run: this build has no CUDA")
-    assert "MILPY_CUDA=1" in line
+    # No use where there is no GPU.
+    assert ("for one: nvcc" in line) == any(Path("/dev").glob("nvidia[0-9]*"))
     with pytest.raises(EngineError, match="this build has no CUDA"):
         _C.gpu_reports()
 

@@ -247,6 +247,29 @@ def test_an_out_that_overlaps_an_input_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("n_logprobs", 2.7, "n_logprobs is float64 of shape \\(\\), expected integers"),
+        ("top_k", [1, 2], "top_k is int64 of shape \\(2,\\), expected integers, .* each of 3 rows"),
+        ("top_k", 2**40, "top_k is 1099511627776, expected -2147483648 to 2147483647"),
+        ("seed", -1, "seed is -1, expected 0 to 18446744073709551615"),
+        ("seed", 2**64, "seed is object of shape"),
+        ("temperature", None, "temperature is object of shape .*, expected numbers"),
+        ("top_p", "0.5", "top_p is <U3 of shape"),
+    ],
+)
+def test_parameters_that_no_row_can_hold_are_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=f"sampling_params: {message}"):
+        ops.sampling_params(3, **{name: value})
+
+
+def test_logprobs_have_the_columns_of_the_one_array_that_is_given() -> None:
+    logits, params = np.ones((2, 9), F32), ops.sampling_params(2, n_logprobs=1)
+    got = ops.sample_logprobs(logits, params, top_logprobs=np.zeros((2, 3), F32))
+    assert got.top_tokens.tolist() == [[0, -1, -1]] * 2
+
+
+@pytest.mark.parametrize(
     "call, message",
     [
         (
@@ -277,9 +300,12 @@ def test_an_out_that_overlaps_an_input_is_refused() -> None:
         ),
         (
             lambda: ops.sample_logprobs(
-                np.ones((2, 9), F32), ops.sampling_params(2), top_logprobs=np.zeros((2, 1), F32)
+                np.ones((2, 9), F32),
+                ops.sampling_params(2),
+                top_tokens=np.zeros((2, 2), np.int32),
+                top_logprobs=np.zeros((2, 1), F32),
             ),
-            r"top_logprobs is float32 \[2, 1\], expected float32 \[2, 0\]",
+            r"top_logprobs is float32 \[2, 1\], expected float32 \[2, 2\]",
         ),
         (
             lambda: ops.sample_logprobs(

@@ -434,9 +434,9 @@ def sample_logprobs(
     token; ranks [n] int32, 1 plus how many logits come before the token's (larger, or equal at a
     lower id); top_tokens [n, c] int32 and top_logprobs [n, c] float32, c <= 20: the row's
     n_logprobs best, best first, cut to c; -1 and 0 where there are fewer (c is that of the one that
-    is given, else what the rows of params ask for). A row with n_logprobs -1 or token -1 has logprob
-    0, rank 0. On a GPU n_logprobs above 20 counts as 20, below 0 as -1. log_softmax of torch.nn.functional,
-    in float32. Device, stream, errors: see this module.
+    is given, else what the rows of params ask for). A row with n_logprobs -1 or token -1 has
+    logprob 0, rank 0. On a GPU n_logprobs above 20 counts as 20, below 0 as -1. log_softmax of
+    torch.nn.functional, in float32. Device, stream, errors: see this module.
     """
     op = "sample_logprobs"
     arrays = _sample_arrays(op, logits, params, positions, out)

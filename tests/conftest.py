@@ -31,13 +31,6 @@ def reason_to_skip(item: pytest.Item) -> str | None:
     return None
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What .ci/run left out, where nobody overlooks it."""
-    if os.environ.get("MILPY_TEST_NOTE"):
-        terminalreporter.section("note")
-        terminalreporter.line(os.environ["MILPY_TEST_NOTE"])
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         reason = reason_to_skip(item)

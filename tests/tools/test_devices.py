@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def test_a_driver_without_a_device_shows_none(
 ) -> None:
     source, library = tmp_path / "driver.c", tmp_path / "driver.so"
     source.write_text(DRIVER)
-    command = ["cc", f"-DSTATUS={status}", "-shared", "-fPIC", source, "-o", library]
+    compiler = os.environ.get("CC", "cc").split()
+    command = [*compiler, f"-DSTATUS={status}", "-shared", "-fPIC", source, "-o", library]
     subprocess.run(command, check=True)
     opened = ctypes.CDLL(str(library))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: {"libcuda.so.1": opened}[name])

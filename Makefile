@@ -139,7 +139,7 @@ FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .PHONY: all lib ext chaos cuda cuda-all codebase install-server install demo test test-c test-ref \
-	test-gpu test-gpu-here asan tsan fuzz format lint tidy check bench clean help prerequisites FORCE
+	test-gpu test-gpu-here cuda-found asan tsan fuzz format lint tidy check bench clean help prerequisites FORCE
 
 all: ext           ## the extension, in place (the same as ext)
 
@@ -317,8 +317,14 @@ test-ref: $(VENV)/.stamp-ref  ## compare with transformers and peft, live
 	@$(MAKE) ext PYTHON=$(VPY)
 	$(NO_GPU) MILPY_TEST_REF=1 $(VPY) -m pytest -m ref $(PYTEST_ARGS)
 
-# Without a GPU all of it skips, and torch need not come for that.
-HAS_GPU := $(wildcard /dev/nvidia[0-9]*)
+# Without a GPU all of it skips, and torch need not come for that. With one, what the build needs is
+# looked for before torch comes.
+ifneq ($(filter test-gpu,$(MAKECMDGOALS)),)
+HAS_GPU := $(shell $(BASE_PYTHON) tests/helpers/devices.py)
+endif
+$(VENV)/.stamp-gpu: | cuda-found
+cuda-found:
+	@test "$$(sh tools/find_cuda.sh 1 $(VPY))" != error
 test-gpu: $(VENV)/.stamp-$(if $(HAS_GPU),gpu,test) ## set up, then all that needs a GPU; skips with the reason where there is none
 	@$(MAKE) ext chaos $(SHIM) PYTHON=$(VPY) MILPY_CUDA=$(if $(HAS_GPU),1,0)
 	$(VPY) tools/test_gpu.py $(PYTEST_ARGS)

@@ -4,7 +4,8 @@ import os
 from importlib.util import find_spec
 
 import pytest
-from helpers.gpu import gpu_count, must_have_gpu
+from helpers.devices import gpu_count
+from helpers.gpu import must_have_gpu
 
 # Freed KV pages are NaN in every served test, and every plan is checked before it runs.
 os.environ.setdefault("MILPY_POISON", "1")
@@ -17,7 +18,7 @@ def reason_to_skip(item: pytest.Item) -> str | None:
     gpus = gpu_count()
     # Where there must be a GPU, its tests fail by their own words.
     if item.get_closest_marker("gpu") and gpus < 1 and not must_have_gpu():
-        return "needs a GPU: found no /dev/nvidia0"
+        return "needs a GPU: found no /dev/nvidia0, and no driver that shows one"
     if item.get_closest_marker("multigpu") and gpus < 2:
         return f"needs 2 GPUs or more: found {gpus}"
     if item.get_closest_marker("net") and os.environ.get("MILPY_TEST_NET") != "1":
@@ -28,13 +29,6 @@ def reason_to_skip(item: pytest.Item) -> str | None:
         if missing:
             return f"needs the [ref] extra: found no {', '.join(missing)}"
     return None
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What .ci/run left out, where nobody overlooks it."""
-    if os.environ.get("MILPY_TEST_NOTE"):
-        terminalreporter.section("note")
-        terminalreporter.line(os.environ["MILPY_TEST_NOTE"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,17 +1,19 @@
 """Everything that needs a GPU, in stages, and a table of what ran. `make test-gpu` builds what this
 tests; so does `make test-gpu-here`, for the Python as it is.
 
-    tools/test_gpu.py [--only STAGE,STAGE] [pytest's options, -k attention say]
+    python tools/test_gpu.py [--only STAGE,STAGE] [pytest's options, -k attention say]
 
 kernels    tests/kernels, a process for each file
 models     every other test on a GPU, one after another: they measure the GPU's memory
 ptx        tests/kernels on the portable path from PTX, which is what a GPU after Hopper runs
 portable   tests/model on the portable path
-sanitize   tools/sanitize.sh: compute-sanitizer over every kernel
+sanitize   tools/sanitize.sh: compute-sanitizer over every kernel; it takes none of the options
 
-JOBS processes at a time where more than one may run (half as many as cores, at most 8). Where
-there is a GPU, a library or a part of the build that is lacking is a failure (MILPY_TEST_GPU=1),
-and so is a stage that passes nothing. Without a GPU every test skips with its reason.
+JOBS processes at a time where more than one may run (half as many as cores, at most 8), 30 minutes
+for each. Where there is a GPU, what milpy needs and is lacking is a failure (MILPY_TEST_GPU=1), and
+so is a stage that passes nothing. torch, CuPy and a second GPU may be lacking: their tests skip by
+name. Options may leave nothing of a stage, but something of one. Without a GPU each test skips with
+its reason.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,11 +35,22 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from helpers.devices import gpu_count  # noqa: E402 - found by the line above
+
 MARKS = "gpu or multigpu"
 PORTABLE = {"MILPY_CUDA_PATH": "portable"}
 NO_TESTS = 5  # pytest's status where none was selected
 CANNOT_RUN = 77  # tools/sanitize.sh's
-MOST_SHOWN = 20  # failed tests of a stage, by name
+MOST_SHOWN = 20  # of a stage's problems, and of its reasons to skip
+LIMIT_S = 1800.0  # for one process
+TAKES_NO_OPTIONS = "sanitize"
+# pytest's options whose value is the next word: a path there is no path to test.
+WITH_VALUE = (
+    "-k -m -p -o -c -W -r -n --deselect --ignore --ignore-glob --rootdir --basetemp --confcutdir "
+    "--maxfail --tb --durations --color --capture --override-ini --junitxml"
+).split()
 # torch has no PTX of its own kernels.
 NEEDS_TORCHS_KERNELS = "test_python_ops_torch.py"
 
@@ -76,24 +90,42 @@ def read_report(path: Path) -> Outcome:
     return outcome
 
 
+def wait(process: subprocess.Popen[bytes]) -> int | None:
+    """Its status; None where it took too long and was ended."""
+    try:
+        return process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # on which pytest says where it was
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return None
+
+
 def run_pytest(
     paths: list[str], options: list[str], env: dict[str, str], *, is_shown: bool
 ) -> Outcome:
     """One process. Its output is shown as it comes, or once it has failed."""
     name, began = " ".join(paths), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
+        # A file and no pipe, which a process that outlives pytest would hold open.
+        report, log = Path(folder, "report.xml"), Path(folder, "log")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += [f"--junitxml={report}", *paths, *options]
-        stdout = None if is_shown else subprocess.PIPE
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True
-        )
+        with log.open("wb") as file:
+            stdout = None if is_shown else file
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.STDOUT
+            )
+            status = wait(process)
         outcome = read_report(report) if report.exists() else Outcome()
-    said = ""
-    if done.returncode not in (0, NO_TESTS):
-        said = done.stdout or ""
-        outcome.problems.append(f"{name}: pytest ended with {done.returncode}")
+        said = "" if status in (0, NO_TESTS) else log.read_text(errors="replace")
+    if status is None:
+        outcome.problems.append(f"{name}: ended after {LIMIT_S:.0f} s")
+    elif status not in (0, NO_TESTS):
+        outcome.problems.append(f"{name}: pytest ended with {status}")
     if not is_shown:
         counts = f"{outcome.n_passed} passed, {outcome.n_failed} failed"
         print(f"{said}{name}: {counts} in {time.monotonic() - began:.0f} s", flush=True)
@@ -137,7 +169,7 @@ def portable(options: list[str], env: dict[str, str]) -> Outcome:
 
 def sanitize(options: list[str], env: dict[str, str]) -> Outcome:
     """The script chooses its tests itself."""
-    outcome, line = Outcome(), ""
+    outcome, line, n_rows = Outcome(), "", 0
     env = {**env, "PYTHON": sys.executable}
     command = ["sh", "tools/sanitize.sh"]
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
@@ -148,6 +180,7 @@ def sanitize(options: list[str], env: dict[str, str]) -> Outcome:
             row = re.match(r"(\w+ +\w+) +(ok|FAILED \(\d+\)) +\d+s ", line)
             if row is None:
                 continue
+            n_rows += 1
             outcome.n_passed += sum(map(int, re.findall(r"(\d+) passed", line)))
             if row[2] != "ok":
                 outcome.n_failed += 1
@@ -155,7 +188,8 @@ def sanitize(options: list[str], env: dict[str, str]) -> Outcome:
     if process.returncode == CANNOT_RUN:
         outcome.skips[line.strip()] += 1
     elif process.returncode != 0:
-        outcome.problems.append(f"tools/sanitize.sh ended with {process.returncode}")
+        why = "" if n_rows else f": {line.strip()}"
+        outcome.problems.append(f"tools/sanitize.sh ended with {process.returncode}{why}")
     return outcome
 
 
@@ -177,10 +211,14 @@ def run_stages(names: list[str], options: list[str]) -> dict[str, Outcome]:
         began = time.monotonic()
         outcome = found[name] = STAGES[name](options, env)
         outcome.seconds = time.monotonic() - began
+        takes_options = name != TAKES_NO_OPTIONS
         # Options may leave nothing of a stage, and a sanitizer may be unable to run here.
-        may_be_empty = bool(options) or (name == "sanitize" and bool(outcome.skips))
+        may_be_empty = bool(options) if takes_options else bool(outcome.skips)
         if outcome.n_passed == 0 and not may_be_empty:
             outcome.problems.append("no test passed")
+    asked = [found[name] for name in names if name != TAKES_NO_OPTIONS]
+    if options and asked and not any(outcome.n_passed for outcome in asked):
+        asked[0].problems.append(f"no test passed in any stage with {' '.join(options)}")
     return found
 
 
@@ -188,7 +226,7 @@ def skip_all(options: list[str]) -> dict[str, Outcome]:
     began = time.monotonic()
     outcome = run_pytest(["tests", "-m", MARKS], options, dict(os.environ), is_shown=True)
     outcome.seconds = time.monotonic() - began
-    if not options and not outcome.skips:
+    if not outcome.skips:
         outcome.problems.append("no test was found")
     return {"all": outcome}
 
@@ -205,34 +243,61 @@ def show_machine() -> None:
     print(f"python {sys.version.split()[0]} in {sys.executable}", flush=True)
 
 
+def show_list(title: str, lines: list[str]) -> None:
+    for line in lines[:MOST_SHOWN]:
+        print(f"{title}: {line}")
+    if len(lines) > MOST_SHOWN:
+        print(f"{title}: ... and {len(lines) - MOST_SHOWN} more")
+
+
 def show_table(found: dict[str, Outcome]) -> None:
     """Last, below what it sums up."""
     print()
     for name, it in found.items():
-        for why, n in it.skips.most_common():
-            print(f"skipped {name}: {n} x {why}")
+        show_list(f"skipped {name}", [f"{n} x {why}" for why, n in it.skips.most_common()])
     for name, it in found.items():
-        for problem in it.problems[:MOST_SHOWN]:
-            print(f"FAILED {name}: {problem}")
+        show_list(f"FAILED {name}", it.problems)
     print(f"\n{'stage':10} {'passed':>7} {'failed':>7} {'skipped':>7} {'seconds':>8}")
     for name, it in found.items():
         counts = f"{it.n_passed:7} {it.n_failed:7} {it.skips.total():7} {it.seconds:8.0f}"
         print(f"{name:10} {counts}" + ("  FAILED" if it.problems else ""))
 
 
+def paths_in(options: list[str]) -> list[str]:
+    """Which of pytest's words are files or folders to test."""
+    before = ["", *options]
+    return [
+        word
+        for word, last in zip(options, before, strict=False)
+        if last not in WITH_VALUE and not word.startswith("-")
+        if (ROOT / word.split("::")[0]).exists()
+    ]
+
+
 def main() -> int:
+    usage, _, text = (__doc__ or "").partition("kernels  ")
     parser = argparse.ArgumentParser(
-        usage="test_gpu.py [--only STAGE,STAGE] [pytest's options]", allow_abbrev=False
+        usage="python tools/test_gpu.py [--only STAGE,STAGE] [pytest's options]",
+        description=usage.split("\n\n")[0],
+        epilog=f"kernels  {text}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--only", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
+    parser.add_argument(
+        "--only", default=",".join(STAGES), metavar="STAGE,STAGE", help=f"of {', '.join(STAGES)}"
+    )
     arguments, options = parser.parse_known_args()
     names = arguments.only.split(",")
     unknown = sorted(set(names) - set(STAGES))
     if unknown:
         parser.error(f"--only has {', '.join(unknown)}, expected of {', '.join(STAGES)}")
+    if paths := paths_in(options):
+        parser.error(
+            f"found the path {', '.join(paths)}, expected options alone: a stage has its own "
+            "files, and -k takes a part of them"
+        )
     show_machine()
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    found = run_stages(names, options) if has_gpu else skip_all(options)
+    found = run_stages(names, options) if gpu_count() > 0 else skip_all(options)
     show_table(found)
     return any(outcome.problems for outcome in found.values())
 

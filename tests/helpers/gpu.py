@@ -1,14 +1,19 @@
 """What a test on a GPU needs of its machine, and the one way to skip where it is lacking.
 
 A GPU, a driver, a library or a part of the build that is not there skips with its name. A GPU or a
-build that fails does not. Under MILPY_TEST_GPU=1 nothing may be lacking, since a skip would hide
-that nothing was tested: tools/test_gpu.py sets it where there is a GPU.
+build that fails does not. Under MILPY_TEST_GPU=1 nothing that milpy itself needs may be lacking,
+since a skip would hide that nothing was tested: tools/test_gpu.py sets it where there is a GPU.
+Other people's libraries, torch and CuPy, are tried where they are: their absence skips by name
+there too, and the table counts it.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,10 +29,6 @@ LACKS = (
     "found no libcublasLt",
     "found no /",  # a file that make builds
 )
-
-
-def gpu_count() -> int:
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def must_have_gpu() -> bool:
@@ -59,3 +60,21 @@ def need_file(path: Path, maker: str) -> None:
         if must_have_gpu():
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+def need_library(name: str) -> Any:
+    """One that is there and cannot be imported fails by its own words."""
+    if find_spec(name) is None:
+        pytest.skip(f"needs {name}: found none")
+    return importlib.import_module(name)
+
+
+def need_torch() -> Any:
+    torch = need_library("torch")
+    if not torch.cuda.is_available():
+        pytest.skip(f"needs torch with CUDA: found {torch.__version__}")
+    return torch
+
+
+def need_cupy() -> Any:
+    return need_library("cupy")

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from helpers.cuda_arrays import DeviceArray, synchronize
+from helpers.gpu import need_cupy, need_torch
 from milpy import ops
 from milpy.ops import bfloat16, from_bfloat16
 
@@ -141,9 +141,7 @@ class Driver:
 
 class Torch:
     def __init__(self) -> None:
-        self.torch = pytest.importorskip("torch")
-        if not self.torch.cuda.is_available():
-            pytest.skip(f"needs torch with CUDA: found {self.torch.__version__}")
+        self.torch = need_torch()
 
     def put(self, x: Array) -> Any:
         if x.dtype == np.uint16:
@@ -159,7 +157,7 @@ class Torch:
 
 class Cupy:
     def __init__(self) -> None:
-        self.cupy = pytest.importorskip("cupy")
+        self.cupy = need_cupy()
 
     def put(self, x: Array) -> Any:
         return self.cupy.asarray(x)

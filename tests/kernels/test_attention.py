@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from cpu.test_attention import Sequence, paged, sequence
-from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, cuda_paths, from_bf16
+from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, from_bf16
 from kernels.judge import attention, judge_rows
 
 pytestmark = pytest.mark.gpu
-paths = pytest.mark.parametrize("path", cuda_paths())
 
 Part = tuple[Sequence, int, int]  # a sequence, its first query of the step, its length
 
@@ -86,7 +85,6 @@ def same(a: Array, b: Array) -> bool:
 # ---- the formula ----
 
 
-@paths
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize(("N", "K", "D", "P"), HEADS)
 def test_mixed_batch_is_the_formula(
@@ -98,14 +96,12 @@ def test_mixed_batch_is_the_formula(
     check(path, [(sequence(n, N, K, D), first, n) for n, first in cases], P, captured=captured)
 
 
-@paths
 @pytest.mark.parametrize(("N", "K", "D", "P"), SQUARE)
 def test_page_sizes_at_head_sizes(path: str, N: int, K: int, D: int, P: int) -> None:
     cases = [(1, 0), (65, 64), (700, 699), (300, 200), (90, 0)]
     check(path, [(sequence(n, N, K, D), first, n) for n, first in cases], P)
 
 
-@paths
 @pytest.mark.parametrize("length", [256, 511, 512, 513, 1023, 4096, 4097, 20000])
 @pytest.mark.parametrize(("N", "K", "D"), [(4, 1, 128), (8, 2, 64), (2, 1, 256)])
 def test_long_decode_rows_are_merged_from_splits(
@@ -114,20 +110,17 @@ def test_long_decode_rows_are_merged_from_splits(
     check(path, [(sequence(length, N, K, D), length - 1, length)])
 
 
-@paths
 @pytest.mark.parametrize(("N", "K", "D"), [(4, 1, 128), (1, 1, 64)])
 def test_a_chunk_after_a_long_past(path: str, N: int, K: int, D: int) -> None:
     check(path, [(sequence(5000, N, K, D), 4800, 5000)])
 
 
-@paths
 def test_many_decode_rows_of_all_lengths(path: str) -> None:
     rng = np.random.default_rng(1)
     lengths = [1, 63, 64, 65, 1000, 4097, *rng.integers(1, 1500, 150).tolist()]
     check(path, [(sequence(n, 4, 2, 64, seed=i), n - 1, n) for i, n in enumerate(lengths)], 16)
 
 
-@paths
 @pytest.mark.parametrize(("N", "K", "D"), [(8, 2, 128), (4, 2, 64)])
 def test_rows_leave_alone_what_their_block_still_reads_of_the_row_before(
     path: str, N: int, K: int, D: int
@@ -147,7 +140,6 @@ def flat(seq: Sequence) -> Sequence:
     return Sequence(bf16(from_bf16(seq.q) / 4), seq.k, seq.v)
 
 
-@paths
 @pytest.mark.parametrize("D", [64, 128])
 def test_context_of_128k(path: str, D: int) -> None:
     n = 131072
@@ -155,7 +147,6 @@ def test_context_of_128k(path: str, D: int) -> None:
     check(path, [(seq, n - 1, n), (seq, n - 16, n)])
 
 
-@paths
 @pytest.mark.parametrize(("D", "P"), [(64, 64), (96, 16)])
 def test_more_sequences_than_the_plan_has_threads(path: str, D: int, P: int) -> None:
     """1,024 of them at once; after those too there are split rows and chunks."""
@@ -169,7 +160,6 @@ def test_more_sequences_than_the_plan_has_threads(path: str, D: int, P: int) -> 
     check(path, seqs, P)
 
 
-@paths
 @pytest.mark.parametrize("D", [64, 80, 128])
 def test_a_bucket_without_a_sequence_is_no_fault(path: str, D: int) -> None:
     _, batch, kv = paged([(sequence(40, 2, 1, D), 30, 40)], 64)
@@ -179,7 +169,6 @@ def test_a_bucket_without_a_sequence_is_no_fault(path: str, D: int) -> None:
         assert shim.attention(np.empty((0, 2 * D), np.uint16), batch, kv, 2, 1.0).size == 0
 
 
-@paths
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("window", [1, 15, 64, 100, 1500])
 def test_window(path: str, window: int, D: int) -> None:
@@ -187,7 +176,6 @@ def test_window(path: str, window: int, D: int) -> None:
     check(path, [(seq, 1100, 1300), (seq, 1299, 1300), (seq, 1296, 1300)], window=window)
 
 
-@paths
 @pytest.mark.parametrize(("D", "P"), [(32, 16), (64, 64), (128, 64)])
 def test_pages_before_the_window_are_never_read(path: str, D: int, P: int) -> None:
     """A window's past may have been given back: its page ids are not valid any more."""
@@ -204,14 +192,12 @@ def test_pages_before_the_window_are_never_read(path: str, D: int, P: int) -> No
         assert same(whole, part)
 
 
-@paths
 @pytest.mark.parametrize("D", [64, 128])
 def test_softcap(path: str, D: int) -> None:
     seq = sequence(300, 4, 2, D)
     check(path, [(seq, 0, 300), (seq, 299, 300)], softcap=3.0)
 
 
-@paths
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_extreme_scores_stay_finite(path: str, D: int) -> None:
     """Scores of some thousands, growing along the keys: each block sets a new maximum."""
@@ -222,7 +208,6 @@ def test_extreme_scores_stay_finite(path: str, D: int) -> None:
     check(path, [(seq, 0, 400), (seq, 399, 400)])
 
 
-@paths
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize(("N", "D"), [(2, 32), (16, 32), (2, 64), (16, 128)])
 def test_a_nan_of_ones_own_is_not_hidden(path: str, name: str, N: int, D: int) -> None:
@@ -237,7 +222,6 @@ def test_a_nan_of_ones_own_is_not_hidden(path: str, name: str, N: int, D: int) -
 # ---- the same bits ----
 
 
-@paths
 @pytest.mark.parametrize(("N", "K", "D"), [(4, 2, 64), (7, 1, 128), (2, 1, 256)])
 def test_batch_mates_and_buckets_change_no_bits(path: str, N: int, K: int, D: int) -> None:
     own = sequence(1500, N, K, D)
@@ -254,7 +238,6 @@ def test_batch_mates_and_buckets_change_no_bits(path: str, N: int, K: int, D: in
         assert same(run(path, [own_part], captured=True, bucket=(9, 500))[0], alone)
 
 
-@paths
 @pytest.mark.parametrize(("N", "K", "D"), [(4, 1, 128), (4, 2, 64), (2, 2, 96), (2, 1, 256)])
 @pytest.mark.parametrize("window", [0, 50])
 @pytest.mark.parametrize("P", [16, 64])
@@ -271,7 +254,6 @@ def test_chunks_of_several_tokens_change_no_bits(
         assert same(part, whole[first:end]), (first, end)
 
 
-@paths
 def test_unsplit_decode_rows_have_the_bits_of_the_prompt(path: str) -> None:
     """Where one kernel serves both: not with the Hopper path's chunks."""
     seq = sequence(256, 4, 1, 128)
@@ -281,7 +263,6 @@ def test_unsplit_decode_rows_have_the_bits_of_the_prompt(path: str) -> None:
         assert same(row[0], whole[position]), position
 
 
-@paths
 def test_padding_sequences_write_nothing(path: str) -> None:
     seq = sequence(40, 2, 1, 32)
     q, batch, kv = paged([(seq, 30, 40)], 16)
@@ -302,7 +283,6 @@ def last_pages(path: str) -> Iterator[tuple[Array, Batch, Kv]]:
         yield q, batch, Kv(kv.k[1:], kv.v[1:], pool_pages)
 
 
-@paths
 def test_a_pool_of_more_than_4_gi_elements(path: str) -> None:
     results = []
     for q, batch, kv in last_pages(path):

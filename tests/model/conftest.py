@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
-from helpers.gpu import need_cuda
+from helpers.gpu import need_cuda, need_torch
 
 
 @pytest.fixture(scope="session", params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
@@ -19,7 +17,6 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def oracle_device(device: str) -> str:
     """The same, where torch runs on it."""
-    torch = importlib.import_module("torch")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"needs torch with CUDA: found {torch.__version__}")
+    if device == "cuda":
+        need_torch()
     return device

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers import cuda_arrays
-from helpers.gpu import need_cuda, need_file
+from helpers.gpu import need_cuda, need_file, need_torch
 
 from milpy import LLM, SamplingParams, demo
 
@@ -29,9 +29,7 @@ def cuda() -> None:
 
 @pytest.fixture
 def torch() -> Any:
-    found = pytest.importorskip("torch")
-    if not found.cuda.is_available():
-        pytest.skip(f"needs torch with CUDA: found {found.__version__}")
+    found = need_torch()
     found.cuda.set_device(0)
     return found
 

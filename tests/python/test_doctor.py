@@ -17,14 +17,6 @@ from milpy.wheels import add_library_dirs
 
 PACKAGE = Path(milpy.__file__).parent
 
-# A driver that runs CUDA 11.0 and has nothing newer.
-OLD_DRIVER = """
-int cuDriverGetVersion(int *version) { *version = 11000; return 0; }
-int cuInit(unsigned flags) { (void)flags; return 0; }
-int cuGetProcAddress(const char *symbol, void **to, int version, unsigned long long flags)
-{ (void)symbol; (void)version; (void)flags; *to = 0; return 500; /* CUDA_ERROR_NOT_FOUND */ }
-"""
-
 
 def run(*arguments: str, **variables: str) -> str:
     """stdout and stderr of a fresh Python."""
@@ -120,18 +112,6 @@ def test_a_model_that_is_asked_onto_the_cpu_says_nothing(
     with caplog.at_level(logging.INFO, "milpy"), LLM(model, device="cpu", progress=False):
         pass
     assert "is the CPU" not in caplog.text
-
-
-@pytest.mark.skipif(not _C.HAS_CUDA, reason="this build has no CUDA")
-def test_a_driver_that_is_too_old_is_told_with_its_version(tmp_path: Path) -> None:
-    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
-    source.write_text(OLD_DRIVER)
-    compiler = os.environ.get("CC", "cc").split()
-    subprocess.run([*compiler, "-shared", "-fPIC", source, "-o", library], check=True)
-    places = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"
-    report = run("-m", "milpy", "doctor", LD_LIBRARY_PATH=places)
-    (line,) = values_of(report, "cuda")
-    assert line.startswith("cannot run: cuda: the NVIDIA driver is for CUDA 11.0, expected CUDA 1")
 
 
 # ---- on a GPU ----

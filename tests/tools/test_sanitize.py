@@ -1,0 +1,122 @@
+"""tools/sanitize.sh with a compute-sanitizer that prints what it is told: which of its findings are
+a failure. Those that racecheck has inside cuBLAS's own kernels, and nothing else, are none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILE = "tests/kernels/test_linear.py"
+HEAD = "========= COMPUTE-SANITIZER\n"
+PASSED = "4 passed, 20 deselected in 30.15s\n"
+NVJET = "nvjet_sm90_tst_64x8_64x16_4x1_v_bz_TNT"
+SAID = {
+    "clean": (0, "....  [100%]\n" + PASSED + "========= RACECHECK SUMMARY: 0 hazards displayed\n"),
+    "deaf": (1, "========= Error: Device not supported. Please refer to the documentation\n"),
+}
+
+
+def race(one: str, other: str, dots: str = "") -> str:
+    """As racecheck prints it; pytest's dots may stand before."""
+    return (
+        f"{dots}========= Error: Race reported between Write access at {one}+0x1a30\n"
+        f"=========     and Read access at {other}+0x1b40 [256 hazards]\n=========\n"
+    )
+
+
+def sanitize(folder: Path, status: int, log: str, **variables: str) -> tuple[int, str]:
+    """Its status and table, where each process prints `log` and ends with `status`."""
+    (folder / "log").write_text(HEAD + log)
+    tool = folder / "compute-sanitizer"
+    opens = SAID["deaf"][1] if variables.pop("deaf", "") else ""
+    tool.write_text(f'#!/bin/sh\n[ "$1" = --tool ] || {{ echo "{opens}"; exit; }}\n')
+    with tool.open("a") as file:
+        file.write(f"cat {folder}/log\nexit {status}\n")
+    tool.chmod(0o755)
+    return run(f"{folder}:{os.environ['PATH']}", **variables)
+
+
+def run(path: str, **variables: str) -> tuple[int, str]:
+    env = {**os.environ, "TOOLS": "racecheck", "PATH": path, "PYTHON": sys.executable, **variables}
+    done = subprocess.run(
+        ["sh", "tools/sanitize.sh", FILE], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    )
+    return done.returncode, done.stdout
+
+
+def test_a_clean_file_is_ok(tmp_path: Path) -> None:
+    status, table = sanitize(tmp_path, *SAID["clean"])
+    assert status == 0
+    assert table.startswith("racecheck  test_linear              ok ") and "4 passed" in table
+
+
+@pytest.mark.parametrize("dots", ["", "..."])
+def test_hazards_inside_cublas_are_told_and_do_not_count(tmp_path: Path, dots: str) -> None:
+    found = race(NVJET, NVJET, dots) + race(NVJET, NVJET) + PASSED
+    status, table = sanitize(tmp_path, 9, found)
+    assert status == 0
+    assert " ok " in table and "all inside cuBLAS" in table
+
+
+CRASH = "========= Error: process didn't terminate successfully\n"
+FAULT = "========= Program hit cudaErrorIllegalAddress (error 700) due to an illegal address\n"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        race("norm_kernel", "norm_kernel") + PASSED,
+        race("norm_kernel", "norm_kernel", "...") + PASSED,
+        race(NVJET, "norm_kernel") + PASSED,
+        race(NVJET, NVJET) + race("norm_kernel", "norm_kernel", ".") + PASSED,
+        CRASH,
+        race(NVJET, NVJET) + CRASH,
+        race(NVJET, NVJET) + CRASH + PASSED,
+        race(NVJET, NVJET) + FAULT + PASSED,
+        race(NVJET, NVJET),
+        race(NVJET, NVJET) + "1 failed, 3 passed, 20 deselected in 30.15s\n",
+        race(NVJET, NVJET) + "3 passed, 20 deselected, 1 error in 30.15s\n",
+        PASSED,
+    ],
+)
+def test_anything_else_is_a_failure(tmp_path: Path, found: str) -> None:
+    status, table = sanitize(tmp_path, 9, found)
+    assert status != 0
+    assert table.startswith("racecheck  test_linear              FAILED (9) ")
+    assert "== racecheck-test_linear.failed\n" in table
+
+
+@pytest.mark.parametrize(
+    ("tool", "status"), [("racecheck", 1), ("racecheck", 139), ("memcheck", 9)]
+)
+def test_another_status_or_tool_has_no_excuse(tmp_path: Path, tool: str, status: int) -> None:
+    found = race(NVJET, NVJET) + PASSED
+    ended, table = sanitize(tmp_path, status, found, TOOLS=tool)
+    assert ended != 0
+    assert f"FAILED ({status})" in table
+
+
+def test_a_long_log_says_how_much_is_not_shown(tmp_path: Path) -> None:
+    _, table = sanitize(tmp_path, 1, "a line\n" * 99)
+    assert table.count("a line\n") == 59
+    assert table.endswith("... and 40 more lines\n")
+
+
+def test_a_device_that_it_does_not_know_is_a_skip(tmp_path: Path) -> None:
+    status, says = sanitize(tmp_path, *SAID["clean"], deaf="1", MILPY_TEST_GPU="1")
+    assert (status, says) == (77, "compute-sanitizer says here: Device not supported\n")
+
+
+@pytest.mark.parametrize(("must", "ends"), [("0", 77), ("1", 1)])
+def test_its_absence_is_a_failure_where_a_gpu_must_be(tmp_path: Path, must: str, ends: int) -> None:
+    for name in ("sh", "dirname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    status, says = run(str(tmp_path), MILPY_TEST_GPU=must, CUDA_HOME="/nonexistent")
+    assert status == ends
+    assert says.startswith("found no compute-sanitizer on PATH")

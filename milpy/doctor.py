@@ -102,7 +102,9 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    return sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    """WSL shows all of them as dxg."""
+    patterns = ("nvidia[0-9]*", "dxg")
+    return sorted(path.name for pattern in patterns for path in Path("/dev").glob(pattern))
 
 
 def _gpu() -> str:

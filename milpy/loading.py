@@ -162,7 +162,7 @@ def _log_device(no_cuda: str) -> None:
     """Why device auto is the CPU: worth a warning where there is a GPU that could be used."""
     if not no_cuda:
         return
-    has_gpu = any(DEVICE_FILES.glob("nvidia[0-9]*"))
+    has_gpu = any(DEVICE_FILES.glob("nvidia[0-9]*")) or (DEVICE_FILES / "dxg").exists()
     level = logging.WARNING if has_gpu else logging.INFO
     _log.log(level, "device auto is the CPU: %s", no_cuda)
 

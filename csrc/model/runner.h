@@ -14,7 +14,6 @@
 extern "C" {
 #endif
 
-
 typedef struct mil_runner mil_runner;
 
 typedef struct mil_runner_options {

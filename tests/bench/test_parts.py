@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from helpers.devices import gpu_count
 
 from benchmarks import __main__ as parts
-
-HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def test_a_machine_without_a_gpu_is_told_what_is_left_out(
@@ -22,7 +19,7 @@ def test_a_machine_without_a_gpu_is_told_what_is_left_out(
     assert bool(left_out) == ("left out" in capsys.readouterr().out)
 
 
-@pytest.mark.skipif(HAS_GPU, reason="a GPU's benchmarks would run")
+@pytest.mark.skipif(gpu_count() > 0, reason="a GPU's benchmarks would run")
 def test_a_part_that_was_named_and_cannot_run_is_a_failure(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

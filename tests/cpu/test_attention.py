@@ -74,13 +74,18 @@ def run(
     P: int = 16,
     n_threads: int = 1,
     seed: int = 0,
+    captured: bool = False,
+    is_f16: bool = False,
+    out_is_f16: bool = False,
     **options: float,
 ) -> list[np.ndarray]:
-    """Bits of each sequence's rows, [n, N, D]."""
+    """Bits of each sequence's rows, [n, N, D]. is_f16: the sequences are float16's bits."""
     (_, N, D), K = seqs[0][0].q.shape, seqs[0][0].k.shape[1]
     q, batch, kv = paged(seqs, P, seed)
+    kv = Kv(kv.k, kv.v, is_f16=is_f16, out_is_f16=out_is_f16)
     sizes = dict(n_heads=N, n_kv_heads=K, head_dim=D, max_seqs=len(seqs))
-    with Shim(isa, n_threads, max_position=max(batch.kv_lengths), **sizes) as shim:
+    sizes["max_position"] = max(batch.kv_lengths)
+    with Shim(isa, n_threads, captured=captured, **sizes) as shim:
         out = shim.attention(q, batch, kv, N, D**-0.5, layer=1, **options)
     cuts = np.cumsum(batch.query_lengths)[:-1]
     return [part.reshape(-1, N, D) for part in np.split(out, cuts)]

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpu.test_attention import Sequence, paged
+from cpu.test_attention import Sequence
+from cpu.test_attention import run as run_attention
 from cpu.test_rope import case, read_back, rotated, tables
-from helpers.cpu_shim import Array, Kv, Shim, bf16, from_bf16, int32, isas
+from helpers.cpu_shim import Array, Shim, from_bf16, int32, isas
+from kernels import judge
 
 from milpy import ops
 from milpy.errors import RequestError
@@ -35,24 +37,9 @@ def sequence(length: int, N: int, K: int, D: int, seed: int = 0) -> Sequence:
     return Sequence(f16(2 * q), f16(k), f16(v))
 
 
-def formula(part: Part, window: int = 0, softcap: float = 0.0) -> tuple[Array, Array]:
-    """([n, N, D] of the part's queries in float64, the same with p rounded to float16)."""
-    seq, first, end = part
-    q, k, v = (from_f16(x).transpose(1, 0, 2) for x in (seq.q[first:end], seq.k[:end], seq.v[:end]))
-    group = len(q) // len(k)
-    k, v = np.repeat(k, group, 0), np.repeat(v, group, 0)
-    scores = q @ k.transpose(0, 2, 1) * q.shape[2] ** -0.5
-    if softcap:
-        scores = softcap * np.tanh(scores / softcap)
-    own, key = np.arange(first, end)[:, None], np.arange(end)
-    seen = (key <= own) & (key > own - window if window else key >= 0)
-    scores = np.where(seen, scores, -np.inf)
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    exact, plain = (
-        (x / x.sum(-1, keepdims=True) @ v).transpose(1, 0, 2)
-        for x in (p, p.astype(np.float16).astype(np.float64))
-    )
-    return exact, plain
+def to_f16(x: Array) -> Array:
+    """To float16, once."""
+    return from_f16(f16(x))
 
 
 def assert_no_worse(got: list[Array], parts: list[Part], is_f16: bool, **options: float) -> None:
@@ -60,8 +47,12 @@ def assert_no_worse(got: list[Array], parts: list[Part], is_f16: bool, **options
     plain formula with p and the result rounded. got: bits, of float16 or of bfloat16."""
     own, plain = [], []
     for bits, part in zip(got, parts, strict=True):
-        exact, rounded_p = formula(part, **options)
-        rounded = from_f16(f16(rounded_p)) if is_f16 else from_bf16(bf16(rounded_p))
+        seq, first, end = part
+        q, k, v = (from_f16(x) for x in (seq.q[first:end], seq.k[:end], seq.v[:end]))
+        exact, rounded = judge.attention(
+            q, k, v, first, q.shape[2] ** -0.5, **options,
+            round_weights=to_f16, round_result=to_f16 if is_f16 else judge.rounded,
+        )  # fmt: skip
         own.append((from_f16(bits) if is_f16 else from_bf16(bits)) - exact)
         plain.append(rounded - exact)
     errors, bound = (np.concatenate([x.ravel() for x in xs]) for xs in (own, plain))
@@ -75,15 +66,9 @@ def run(
     is_f16: bool = True, captured: bool = False, **options: float,
 ) -> list[Array]:  # fmt: skip
     """Bits of each part's rows, [n, N, D]. is_f16: of the result."""
-    (_, N, D), K = parts[0][0].q.shape, parts[0][0].k.shape[1]
-    q, batch, kv = paged(parts, P, seed)
-    kv = Kv(kv.k, kv.v, is_f16=True, out_is_f16=is_f16)
-    sizes = dict(n_heads=N, n_kv_heads=K, head_dim=D, max_seqs=len(parts))
-    sizes["max_position"] = max(batch.kv_lengths)
-    with Shim(isa, n_threads, captured=captured, **sizes) as shim:
-        out = shim.attention(q, batch, kv, N, D**-0.5, layer=1, **options)
-    cuts = np.cumsum(batch.query_lengths)[:-1]
-    return [part.reshape(-1, N, D) for part in np.split(out, cuts)]
+    return run_attention(
+        isa, parts, P, n_threads, seed, captured, is_f16=True, out_is_f16=is_f16, **options
+    )
 
 
 # N, K, D, P: the head sizes of GPU instances, a tail, pages from 16 to 256.

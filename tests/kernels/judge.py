@@ -6,6 +6,8 @@ that the op rounds, so that its error is what bfloat16 costs anyone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from cpu.tolerance import EPS_BF16, EPS_F32
 from helpers.cpu_shim import Array, bf16, from_bf16
@@ -65,7 +67,15 @@ def judge_rounded(what: str, got: Array, exact: Array) -> None:
 
 
 def attention(
-    q: Array, k: Array, v: Array, first: int, scale: float, window: int = 0, softcap: float = 0.0
+    q: Array,
+    k: Array,
+    v: Array,
+    first: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    round_weights: Callable[[Array], Array] = rounded,
+    round_result: Callable[[Array], Array] = rounded,
 ) -> tuple[Array, Array]:
     """Exact and plain results of queries first .. of a sequence, [n, N, D]. q: [n, N, D], k and v:
     [L, K, D]. Plain rounds the weights p, exp(score - maximum), sums them so, and rounds o."""
@@ -81,10 +91,10 @@ def attention(
             scores = softcap * np.tanh(scores / softcap)
         scores[~seen] = -np.inf
         p = np.exp(scores - scores.max(-1, keepdims=True))
-        for result, weights in ((exact, p), (plain, rounded(p))):
+        for result, weights in ((exact, p), (plain, round_weights(p))):
             o = weights @ v[:, head] / weights.sum(-1, keepdims=True)
             result[:, head] = o.reshape(n, -1, D)
-    return exact.reshape(n, N, D), rounded(plain.reshape(n, N, D))
+    return exact.reshape(n, N, D), round_result(plain.reshape(n, N, D))
 
 
 def judge_rows(what: str, got: Array, exact: Array, plain: Array) -> None:

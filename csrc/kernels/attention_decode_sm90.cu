@@ -45,9 +45,11 @@ struct decode_shape {
 
 typedef struct decode_shared {
     queued_item items[N_ITEMS];
-    uint64_t q_full[N_ITEMS], q_empty[N_ITEMS];
-    uint64_t k_full[6], v_full[6], empty[6];
-    uint64_t o_full, o_empty;
+    uint64_t q_full[N_ITEMS], k_full[6], v_full[6]; /* the producer's first lane arrives */
+    uint64_t empty[6];                              /* a lane of each consumer */
+    /* Every lane arrives, for what it wrote or read itself: few a row, and the order needs no
+     * __syncwarp, which racecheck does not follow to an arrival. */
+    uint64_t q_empty[N_ITEMS], o_full, o_empty;
     float2 sums[N_WARPS][PART_ROWS]; /* maximum and sum, with O */
 } decode_shared;
 
@@ -294,9 +296,7 @@ static __device__ __forceinline__ void hand_over(row_state<Shape> &state, decode
                 *(float2 *)(to + place_of(row, 8 * i + 2 * (lane % 4))) =
                     make_float2(state.o[i][2 * r], state.o[i][2 * r + 1]);
         }
-        __syncwarp();
-        if (lane == 0)
-            mil_barrier_arrive(mil_shared_address(&shared->o_full));
+        mil_barrier_arrive(mil_shared_address(&shared->o_full));
     }
 }
 
@@ -429,7 +429,6 @@ template <class Shape>
 static __device__ __forceinline__ void finish(const mil_attention_sm90 &p, decode_shared *shared,
                                               const float *sums)
 {
-    const bool is_first_lane = threadIdx.x % MIL_WARP == 0;
     uint32_t n_parts = 0;
     for (uint32_t n = 0;; n++) {
         const uint32_t slot = n % N_ITEMS;
@@ -446,16 +445,12 @@ static __device__ __forceinline__ void finish(const mil_attention_sm90 &p, decod
         for (int32_t first = 0; first < n_rows; first += PART_ROWS, n_parts++) {
             mil_barrier_wait(mil_shared_address(&shared->o_full), n_parts & 1);
             store_part<Shape>(p, shared, sums, item, out_row, own_partial, first);
-            __syncwarp();
-            if (is_first_lane)
-                mil_barrier_arrive(mil_shared_address(&shared->o_empty));
+            mil_barrier_arrive(mil_shared_address(&shared->o_empty));
         }
         if (item->n_splits > 1 && is_last_split(p, queued))
             for (int32_t first = 0; first < n_rows; first += PART_ROWS)
                 merge_part<Shape>(p, item, out_row, first_partial, first);
-        __syncwarp();
-        if (is_first_lane)
-            mil_barrier_arrive(mil_shared_address(&shared->q_empty[slot]));
+        mil_barrier_arrive(mil_shared_address(&shared->q_empty[slot]));
     }
 }
 
@@ -494,9 +489,7 @@ static __device__ __forceinline__ void consume(const mil_attention_sm90 &p, char
                 mil_barrier_arrive(mil_shared_address(&shared->empty[stage]));
         }
         hand_over(state, shared, (float *)(bytes + Shape::O), queued->item.n_rows, &n_parts);
-        __syncwarp();
-        if (lane == 0)
-            mil_barrier_arrive(mil_shared_address(&shared->q_empty[slot]));
+        mil_barrier_arrive(mil_shared_address(&shared->q_empty[slot]));
     }
 }
 
@@ -519,15 +512,15 @@ static __global__ void __launch_bounds__(N_THREADS, BLOCKS)
         mil_prefetch_map(&v_map);
         for (int i = 0; i < N_ITEMS; i++) {
             mil_barrier_init(mil_shared_address(&shared->q_full[i]), 1);
-            mil_barrier_init(mil_shared_address(&shared->q_empty[i]), N_WARPS + 1);
+            mil_barrier_init(mil_shared_address(&shared->q_empty[i]), (N_WARPS + 1) * MIL_WARP);
         }
         for (int i = 0; i < Shape::STAGES; i++) {
             mil_barrier_init(mil_shared_address(&shared->k_full[i]), 1);
             mil_barrier_init(mil_shared_address(&shared->v_full[i]), 1);
             mil_barrier_init(mil_shared_address(&shared->empty[i]), N_WARPS);
         }
-        mil_barrier_init(mil_shared_address(&shared->o_full), N_WARPS);
-        mil_barrier_init(mil_shared_address(&shared->o_empty), 1);
+        mil_barrier_init(mil_shared_address(&shared->o_full), N_WARPS * MIL_WARP);
+        mil_barrier_init(mil_shared_address(&shared->o_empty), MIL_WARP);
         mil_barrier_init_done();
     }
     __syncthreads();

@@ -257,6 +257,9 @@ static void put_pieces(begin_job *job, const mil_batch *from, const mil_batch *t
 {
     const mil_plan_header *n = from->header;
     int32_t rows = n->bucket_logit_rows;
+    /* As many as are read at once (lora.cuh), not the bucket: that is every slot there is. */
+    int32_t segments =
+        min(mil_ceil_div(max(n->n_segments, 1), MIL_WARP) * MIL_WARP, n->bucket_segments);
     put(job, PIECE_HEADER, n, to->counts, sizeof *n / sizeof(int32_t), 0, 0);
     put(job, PIECE_ADAPTER_SETS, from->adapter_sets, to->adapter_sets, 2 * n->n_adapter_sets, 0, 0);
     put(job, PIECE_SLOT_SETS, from->slot_sets, to->slot_sets, SLOT_SET_VALUES * n->n_slot_sets, 0,
@@ -274,10 +277,10 @@ static void put_pieces(begin_job *job, const mil_batch *from, const mil_batch *t
     put(job, PIECE_LOGIT_FEEDS, from->logit_feeds, to->logit_feeds, n->n_logit_rows, rows, 0);
     put(job, PIECE_LOGIT_POSITIONS, from->logit_positions, to->logit_positions, n->n_logit_rows,
         rows, 0);
-    put(job, PIECE_SEGMENT_INDPTR, from->segment_indptr, to->segment_indptr, n->n_segments + 1, 0,
-        0);
-    put(job, PIECE_SEGMENT_ADAPTER, from->segment_adapter, to->segment_adapter, n->n_segments, 0,
-        0);
+    put(job, PIECE_SEGMENT_INDPTR, from->segment_indptr, to->segment_indptr, n->n_segments + 1,
+        segments + 1, n->n_lora_rows);
+    put(job, PIECE_SEGMENT_ADAPTER, from->segment_adapter, to->segment_adapter, n->n_segments,
+        segments, 0);
     put(job, PIECE_LORA_ROWS, from->lora_rows, to->lora_rows, n->n_lora_rows, 0, 0);
 }
 

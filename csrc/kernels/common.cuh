@@ -113,16 +113,20 @@ static __device__ __forceinline__ uint32_t mil_pack2(float low, float high)
     }
 }
 
-/* Eight values, one 16-byte access. */
-static __device__ __forceinline__ void mil_load8(float (&out)[8], const void *from)
+static __device__ __forceinline__ void mil_widen8(float (&out)[8], uint4 v)
 {
-    uint4 v = *(const uint4 *)from;
     const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         out[2 * i] = mil_low(pairs[i]);
         out[2 * i + 1] = mil_high(pairs[i]);
     }
+}
+
+/* Eight values, one 16-byte access. */
+static __device__ __forceinline__ void mil_load8(float (&out)[8], const void *from)
+{
+    mil_widen8(out, *(const uint4 *)from);
 }
 
 static __device__ __forceinline__ void mil_store8(void *to, const float (&in)[8])

@@ -20,36 +20,69 @@ struct mil_lora_tile {
     int32_t n_rows;
 };
 
+/* Segments are read a warp at a time, a lane's own one here. Those past the last are empty: `begin`
+ * pads its arrays, so that no load waits for the count. */
+struct mil_lora_segment {
+    int32_t first, end, adapter_slot;
+};
+
+static __device__ __forceinline__ mil_lora_segment mil_lora_segment_load(const mil_batch &batch,
+                                                                         int32_t begin,
+                                                                         int32_t bucket_segments)
+{
+    int32_t segment = begin + (int32_t)(threadIdx.x % MIL_WARP);
+    if (segment >= bucket_segments)
+        return {0, 0, 0};
+    return {batch.segment_indptr[segment], batch.segment_indptr[segment + 1],
+            batch.segment_adapter[segment]};
+}
+
+/* Tiles of all segments. Every thread of the warp calls it. */
+static __device__ __forceinline__ uint32_t mil_lora_tiles_count(const mil_batch &batch,
+                                                                int32_t bucket_segments,
+                                                                int32_t tile_rows)
+{
+    const int32_t n_segments = batch.counts->n_segments;
+    int32_t n = 0, begin = 0;
+    do {
+        mil_lora_segment own = mil_lora_segment_load(batch, begin, bucket_segments);
+        n += mil_ceil_div(own.end - own.first, tile_rows);
+        begin += MIL_WARP;
+    } while (begin < n_segments);
+    return __reduce_add_sync(0xffffffffu, (uint32_t)n);
+}
+
 /* Tile `index` of all segments cut into tiles of tile_rows. Every thread of the warp calls it. */
 static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_batch &batch,
-                                                                   int32_t index, int32_t tile_rows)
+                                                                   int32_t bucket_segments,
+                                                                   uint32_t index,
+                                                                   int32_t tile_rows)
 {
-    int lane = threadIdx.x % MIL_WARP;
-    int32_t n_segments = batch.counts->n_segments;
-    int32_t before = 0; /* tiles of the segments before this round's */
-    for (int32_t begin = 0; begin < n_segments; begin += MIL_WARP) {
-        int32_t segment = begin + lane;
-        bool is_there = segment < n_segments;
-        int32_t first = is_there ? batch.segment_indptr[segment] : 0;
-        int32_t end = is_there ? batch.segment_indptr[segment + 1] : 0;
-        int32_t n_tiles = mil_ceil_div(end - first, tile_rows);
-        int32_t sum = n_tiles;
+    const int lane = threadIdx.x % MIL_WARP;
+    const int32_t n_segments = batch.counts->n_segments;
+    int32_t begin = 0;
+    uint32_t before = 0; /* tiles of the segments before this round's */
+    do {
+        mil_lora_segment own = mil_lora_segment_load(batch, begin, bucket_segments);
+        const uint32_t n_tiles = (uint32_t)mil_ceil_div(own.end - own.first, tile_rows);
+        uint32_t sum = n_tiles;
 #pragma unroll
         for (int offset = 1; offset < MIL_WARP; offset *= 2) {
-            int32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
+            uint32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
             sum += lane >= offset ? other : 0;
         }
         uint32_t owners = __ballot_sync(0xffffffffu, index < before + sum);
         if (owners != 0) {
             int owner = __ffs((int)owners) - 1;
-            int32_t tile = index - before - __shfl_sync(0xffffffffu, sum - n_tiles, owner);
-            first = __shfl_sync(0xffffffffu, first, owner) + tile * tile_rows;
-            end = __shfl_sync(0xffffffffu, end, owner);
-            int32_t slot = batch.segment_adapter[begin + owner];
+            uint32_t tile = index - before - __shfl_sync(0xffffffffu, sum - n_tiles, owner);
+            int32_t first = __shfl_sync(0xffffffffu, own.first, owner) + (int32_t)tile * tile_rows;
+            int32_t end = __shfl_sync(0xffffffffu, own.end, owner);
+            int32_t slot = __shfl_sync(0xffffffffu, own.adapter_slot, owner);
             return {slot, first, min(tile_rows, end - first)};
         }
         before += __shfl_sync(0xffffffffu, sum, MIL_WARP - 1);
-    }
+        begin += MIL_WARP;
+    } while (begin < n_segments);
     return {0, 0, 0};
 }
 

@@ -28,7 +28,7 @@ struct shrink_params {
     int64_t v_stride;
     const uint16_t *x;
     int64_t ldx;
-    int32_t n_tokens;
+    int32_t n_tokens, bucket_segments;
 };
 
 /* 8 elements of a row at k, zeros where they are past the end. in % 8 == 0 keeps loads aligned. Not
@@ -121,10 +121,18 @@ static __global__ void __launch_bounds__(THREADS) shrink_kernel(shrink_params p)
     mil_let_next_start();
     mil_wait_for_previous();
     const int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
-    mil_lora_tile tile = mil_lora_tile_find(p.batch, (int32_t)blockIdx.x, tile_rows);
+    const mil_lora_tile tile =
+        mil_lora_tile_find(p.batch, p.bucket_segments, blockIdx.x, tile_rows);
     int32_t row0 = has_many ? warp * MIL_LORA_TILE_ROWS : 0;
     if (tile.n_rows == 0)
         return;
+    const uint16_t *x[2]; /* before the module is looked at: the loads do not wait for it */
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int32_t row = row0 + lane / 4 + 8 * h;
+        int32_t t = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
+        x[h] = (uint32_t)t < (uint32_t)p.n_tokens ? p.x + (int64_t)t * p.ldx : nullptr;
+    }
     const mil_lora_module module =
         p.modules[tile.adapter_slot * p.slot_stride + p.projections[part]];
     if (module.rank == 0)
@@ -137,13 +145,6 @@ static __global__ void __launch_bounds__(THREADS) shrink_kernel(shrink_params p)
     int32_t split_k = mil_ceil_div(mil_ceil_div(in, n_splits), unit) * unit;
     int32_t quarter_k = split_k / QUARTERS;
     bool is_aligned = in % 8 == 0 && p.ldx % 8 == 0;
-    const uint16_t *x[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int32_t row = row0 + lane / 4 + 8 * h;
-        int32_t t = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
-        x[h] = (uint32_t)t < (uint32_t)p.n_tokens ? p.x + (int64_t)t * p.ldx : nullptr;
-    }
     for (int32_t rank0 = 0; rank0 < padded_rank; rank0 += RANK_TILE) {
         const uint16_t *a[2];
 #pragma unroll
@@ -204,6 +205,7 @@ extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_
     p.x = args->x;
     p.ldx = args->ldx;
     p.n_tokens = lora->batch->header->bucket_tokens;
+    p.bucket_segments = lora->batch->header->bucket_segments;
     bool has_many = n_rows >= MANY_ROWS;
     int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
     /* A row of x is at least as long as any A's. */

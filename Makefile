@@ -138,7 +138,7 @@ FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib ext chaos cuda cuda-all codebase install-server install demo test test-c test-ref \
+.PHONY: all lib ext chaos cuda cuda-all ptx ptx-all codebase install-server install demo test test-c test-ref \
 	test-gpu test-gpu-here cuda-found asan tsan fuzz format lint tidy check bench clean help prerequisites FORCE
 
 all: ext           ## the extension, in place (the same as ext)
@@ -156,6 +156,14 @@ cuda: $(VENV)/.stamp-build        ## compile every CUDA source and link all of i
 	@$(MAKE) cuda-all MILPY_CUDA=1 TREE=build/with-cuda EXT_DIR=build/with-cuda/milpy PYTHON=$(VPY)
 
 cuda-all: ext chaos $(SHIM) $(TREE)/bench/bench_ops
+
+# What the driver compiles on a GPU that is newer than all that there is code for.
+PTX := -gencode=arch=compute_80,code=compute_80
+ptx:                              ## extension and shim with portable PTX alone, in build/ptx: test_gpu.py's stage ptx
+	@$(MAKE) ptx-all MILPY_CUDA=1 TREE=build/ptx CUDA_BUILD=build/ptx/cuda EXT_DIR=build/ptx/milpy \
+		GENCODE="$(PTX)"
+
+ptx-all: ext $(SHIM)
 
 $(LIB): $(OBJ) $(OBJ_SIMD)
 	@rm -f $@
@@ -327,10 +335,12 @@ cuda-found:
 	@test "$$(sh tools/find_cuda.sh 1 $(VPY))" != error
 test-gpu: $(VENV)/.stamp-$(if $(HAS_GPU),gpu,test) ## set up, then all that needs a GPU; skips with the reason where there is none
 	@$(MAKE) ext chaos $(SHIM) PYTHON=$(VPY) MILPY_CUDA=$(if $(HAS_GPU),1,0)
+	$(if $(HAS_GPU),@$(MAKE) ptx PYTHON=$(VPY))
 	$(VPY) tools/test_gpu.py $(PYTEST_ARGS)
 
 test-gpu-here:                ## the same with PYTHON as it is: no .venv, no pip, no network
 	@$(MAKE) ext chaos $(SHIM) MILPY_CUDA=1
+	@$(MAKE) ptx
 	$(PYTHON) tools/test_gpu.py $(PYTEST_ARGS)
 
 asan:                         ## core and C tests again, under ASan and UBSan

@@ -6,9 +6,14 @@ from importlib.util import find_spec
 import pytest
 from helpers.devices import gpu_count
 from helpers.gpu import must_have_gpu
+from helpers.order_workload import use_extension
 
 # Freed KV pages are NaN in every served test, and every plan is checked before it runs.
 os.environ.setdefault("MILPY_POISON", "1")
+
+# Another build of the C core, as MILPY_SHIM is of the shim: tools/test_gpu.py's stage ptx.
+if os.environ.get("MILPY_EXTENSION"):
+    use_extension(os.environ["MILPY_EXTENSION"])
 
 REF_MODULES = ("torch", "transformers", "peft", "safetensors")
 

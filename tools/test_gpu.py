@@ -5,7 +5,8 @@ tests; so does `make test-gpu-here`, for the Python as it is.
 
 kernels    tests/kernels, a process for each file
 models     every other test on a GPU, one after another: they measure the GPU's memory
-ptx        tests/kernels on the portable path from PTX, which is what a GPU after Hopper runs
+ptx        tests/kernels with what `make ptx` built: the portable path from PTX alone, which the
+           driver compiles here as it does on a GPU after Hopper
 portable   tests/model on the portable path
 sanitize   tools/sanitize.sh: compute-sanitizer over every kernel; it takes none of the options
 
@@ -24,6 +25,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -51,8 +53,11 @@ WITH_VALUE = (
     "-k -m -p -o -c -W -r -n --deselect --ignore --ignore-glob --rootdir --basetemp --confcutdir "
     "--maxfail --tb --durations --color --capture --override-ini --junitxml"
 ).split()
-# torch has no PTX of its own kernels.
-NEEDS_TORCHS_KERNELS = "test_python_ops_torch.py"
+# What `make ptx` built. Not CUDA_FORCE_PTX_JIT=1: cuBLASLt and torch cannot start under it.
+PTX = {
+    "MILPY_SHIM": ROOT / "build/ptx/tests/libshim.so",
+    "MILPY_EXTENSION": ROOT / f"build/ptx/milpy/_C{sysconfig.get_config_var('EXT_SUFFIX')}",
+}
 
 
 @dataclass
@@ -119,7 +124,10 @@ def run_pytest(
             process = subprocess.Popen(
                 command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.STDOUT
             )
-            status = wait(process)
+            try:
+                status = wait(process)
+            finally:  # whoever interrupts this leaves nothing on the GPU
+                process.kill()
         outcome = read_report(report) if report.exists() else Outcome()
         said = "" if status in (0, NO_TESTS) else log.read_text(errors="replace")
     if status is None:
@@ -159,8 +167,11 @@ def models(options: list[str], env: dict[str, str]) -> Outcome:
 
 
 def ptx(options: list[str], env: dict[str, str]) -> Outcome:
-    files = [path for path in KERNEL_TESTS if path.name != NEEDS_TORCHS_KERNELS]
-    return run_files(files, options, {**env, **PORTABLE, "CUDA_FORCE_PTX_JIT": "1"})
+    lacking = [str(path) for path in PTX.values() if not path.exists()]
+    if lacking:
+        return Outcome(problems=[f"found no {', '.join(lacking)}: make ptx"])
+    built = {name: str(path) for name, path in PTX.items()}
+    return run_files(KERNEL_TESTS, options, {**env, **PORTABLE, **built})
 
 
 def portable(options: list[str], env: dict[str, str]) -> Outcome:

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.engine_cuda import (
-    FLOORS,
-    ON_ITS_OWN,
-    ON_ONE_MODEL,
-    decode_bytes,
-    decode_roof_ms,
-    names,
-    parser,
-)
+from benchmarks.engine_cuda import ON_ITS_OWN, ON_ONE_MODEL, names, parser
+from benchmarks.h200 import FLOORS, decode_bytes, decode_roof_ms
 from benchmarks.shapes import EIGHT_B
 
 # "bytes alone at 4.55 TB/s, ms" beside vLLM's figures, for 1,024 in / 256 out.

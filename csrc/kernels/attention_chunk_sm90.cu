@@ -113,8 +113,9 @@ static __device__ __forceinline__ void send_keys(const mil_attention_sm90 &p,
             for (int is_v = 0; is_v < 2; is_v++) {
                 const uint32_t full = barrier<Shape>(memory, is_v ? V_FULL : K_FULL, stage);
                 const uint32_t to = memory + (is_v ? Shape::V : Shape::K) + stage * Shape::KV_BYTES;
-                mil_barrier_wait(barrier<Shape>(memory, is_v ? V_EMPTY : K_EMPTY, stage), parity);
-                if (lane == 0) {
+                if (lane == 0) { /* alone: a lane that comes late would wait for the phase after */
+                    mil_barrier_wait(barrier<Shape>(memory, is_v ? V_EMPTY : K_EMPTY, stage),
+                                     parity);
                     mil_barrier_expect(full, n_boxes * MIL_BOX_KEYS * Shape::D * 2);
                     for (int32_t i = 0; i < n_boxes; i++)
 #pragma unroll

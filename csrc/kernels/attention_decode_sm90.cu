@@ -116,9 +116,9 @@ static __device__ __forceinline__ void produce(const mil_attention_sm90 &p,
                                              min(box + lane, end_box - 1));
             const int32_t row = __shfl_sync(0xffffffffu, rows, known);
             const uint32_t stage = block % Shape::STAGES;
-            mil_barrier_wait(mil_shared_address(&shared->empty[stage]),
-                             (block / Shape::STAGES & 1) ^ 1);
-            if (lane == 0)
+            if (lane == 0) { /* alone: a lane that comes late would wait for the phase after */
+                mil_barrier_wait(mil_shared_address(&shared->empty[stage]),
+                                 (block / Shape::STAGES & 1) ^ 1);
 #pragma unroll
                 for (int is_v = 0; is_v < 2; is_v++) {
                     const uint32_t full =
@@ -130,6 +130,7 @@ static __device__ __forceinline__ void produce(const mil_attention_sm90 &p,
                                               half * MIL_BOX_BYTES,
                                           is_v ? v_map : k_map, 64 * half, row, full);
                 }
+            }
             __syncwarp();
         }
     }

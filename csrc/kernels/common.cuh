@@ -160,13 +160,19 @@ static __device__ __forceinline__ uint32_t mil_shared_address(const void *shared
     return (uint32_t)__cvta_generic_to_shared(shared);
 }
 
-/* 16 bytes from global to shared; zeros where !is_inside. */
-static __device__ __forceinline__ void mil_copy16(void *shared, const void *global, bool is_inside)
+/* 16 bytes from global to shared; zeros where !is_inside. shared: as mil_shared_address gives it.
+ */
+static __device__ __forceinline__ void mil_copy16_at(uint32_t shared, const void *global,
+                                                     bool is_inside)
 {
     int n = is_inside ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(mil_shared_address(shared)),
-                 "l"(global), "r"(n)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(n)
                  : "memory");
+}
+
+static __device__ __forceinline__ void mil_copy16(void *shared, const void *global, bool is_inside)
+{
+    mil_copy16_at(mil_shared_address(shared), global, is_inside);
 }
 
 static __device__ __forceinline__ void mil_copy_commit()

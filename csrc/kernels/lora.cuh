@@ -43,12 +43,13 @@ static __device__ __forceinline__ uint32_t mil_lora_tiles_count(const mil_batch 
                                                                 int32_t tile_rows)
 {
     const int32_t n_segments = batch.counts->n_segments;
-    int32_t n = 0, begin = 0;
-    do {
-        mil_lora_segment own = mil_lora_segment_load(batch, begin, bucket_segments);
+    mil_lora_segment own = mil_lora_segment_load(batch, 0, bucket_segments);
+    int32_t n = mil_ceil_div(own.end - own.first, tile_rows);
+#pragma unroll 1
+    for (int32_t begin = MIL_WARP; begin < n_segments; begin += MIL_WARP) {
+        own = mil_lora_segment_load(batch, begin, bucket_segments);
         n += mil_ceil_div(own.end - own.first, tile_rows);
-        begin += MIL_WARP;
-    } while (begin < n_segments);
+    }
     return __reduce_add_sync(0xffffffffu, (uint32_t)n);
 }
 
@@ -84,6 +85,23 @@ static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_bat
         begin += MIL_WARP;
     } while (begin < n_segments);
     return {0, 0, 0};
+}
+
+/* All of a descriptor at once: of plain loads those behind a test of `rank` would wait for it. */
+static __device__ __forceinline__ mil_lora_module mil_lora_module_load(const mil_lora_module *from)
+{
+    constexpr int N_WORDS = sizeof(mil_lora_module) / sizeof(uint64_t);
+    union {
+        uint64_t words[N_WORDS];
+        mil_lora_module module;
+    } it;
+#pragma unroll
+    for (int i = 0; i < N_WORDS; i++)
+        asm volatile("ld.global.u64 %0, [%1];"
+                     : "=l"(it.words[i])
+                     : "l"((const uint64_t *)from + i)
+                     : "memory");
+    return it.module;
 }
 
 /* Rows with an adapter that a launch can meet. */

@@ -20,7 +20,8 @@
 #define BLOCK_COLUMNS (WARPS * COLUMNS)
 #define RANK_TILE 16
 #define MAX_RANK_TILES (MIL_LORA_V_PART / RANK_TILE)
-#define STAGES 4  /* pieces of B on their way, of a warp */
+#define STAGES 4 /* pieces of B on their way, of a warp */
+#define PIECE_BYTES (COLUMNS * RANK_TILE * 2)
 #define AT_ONCE 7 /* splits of v on their way, of a row */
 
 struct expand_params {
@@ -35,6 +36,7 @@ struct expand_params {
     int32_t n_parts;
     int32_t interleave;
     bool is_vector; /* parts are of a multiple of 8 columns, which are one 16-byte access of y */
+    int32_t column_step; /* of y, from one block of columns to the next; where is_vector */
     int32_t projections[MIL_MAX_PARTS];
     int32_t part_rows[MIL_MAX_PARTS];
     int32_t first_block[MIL_MAX_PARTS + 1]; /* blocks of columns, part by part */
@@ -44,11 +46,12 @@ struct expand_shared {
     /* v of one tile, summed, scaled and cut in two bf16, as the mma wants it: [rank tile][lane]. */
     uint4 high[MAX_RANK_TILES][MIL_WARP];
     uint4 low[MAX_RANK_TILES][MIL_WARP];
-    uint4 b[WARPS][STAGES][COLUMNS * RANK_TILE / 8]; /* piece_place() says where */
+    char b[WARPS][STAGES][PIECE_BYTES]; /* piece_place() says where */
 };
 
-/* Column of y where column c of a part lies. */
-static __device__ __forceinline__ int32_t y_column(const expand_params &p, int32_t part, int32_t c)
+/* Column of y where column c of a part lies. Not inlined: where y is no vector it stands 16 times.
+ */
+static __device__ __noinline__ int32_t y_column(const expand_params &p, int32_t part, int32_t c)
 {
     if (p.interleave > 0)
         return c / p.interleave * p.interleave * p.n_parts + part * p.interleave + c % p.interleave;
@@ -127,61 +130,85 @@ static __device__ __forceinline__ void make_fragments(expand_shared &shared, con
 
 /* ---- B ---- */
 
-/* Where 8 of the rank (`half` of 16) of a warp's column lie in a piece: 8-byte loads of a quarter
- * of a warp, two columns of one group of 8 and two of the next, meet each bank once. */
-static __device__ __forceinline__ int32_t piece_place(int32_t column, int32_t half)
+/* Where 8 of the rank (`half` of 16) of a warp's column lie in a piece, in bytes: of half a warp's
+ * 8-byte loads, two columns of one group of 8 and two of the next, each bank has one. */
+static __device__ __forceinline__ uint32_t piece_place(uint32_t column, uint32_t half)
 {
-    return (2 * column + half) ^ (column / 8 % 2 * 4);
+    return ((2 * column + half) ^ (column / 8 % 2 * 4)) * 16;
 }
 
-/* A piece, 16 of the rank of a warp's 32 columns, and the one to be sent next: piece after piece of
- * the rank, then the next block's columns. */
-struct piece {
-    int32_t c0, i; /* i * RANK_TILE of the rank */
+/* Pieces of B in order: 16 of the rank after 16, then the next block's columns. A lane sends 8 of
+ * the rank of two columns, 16 apart. All of it is kept from piece to piece, since at rank 16 the
+ * instructions for a piece are what bounds. */
+struct sender {
+    const uint16_t *from; /* B[c][r + 8 * half] */
+    uint32_t to;          /* shared, in the ring's first piece */
+    int32_t c, r, half;
+    int32_t end_c; /* where c ends */
 };
 
-static __device__ __forceinline__ void move_on(piece &at, const mil_lora_module &module)
+static __device__ __forceinline__ sender make_sender(const mil_lora_module &module,
+                                                     const char *ring, int32_t c0, int32_t end_c)
 {
-    if (++at.i * RANK_TILE < module.padded_rank)
-        return;
-    at.i = 0;
-    at.c0 += BLOCK_COLUMNS;
+    const int32_t column = (int32_t)(threadIdx.x % MIL_WARP) / 2;
+    sender s;
+    s.c = c0 + column;
+    s.r = 0;
+    s.half = (int32_t)threadIdx.x % 2;
+    s.end_c = end_c + column;
+    s.from = (const uint16_t *)module.b + (int64_t)s.c * module.padded_rank + 8 * s.half;
+    s.to = mil_shared_address(ring) + piece_place(column, s.half);
+    return s;
 }
 
-/* Nothing from `end_c` on, but a group of copies all the same: waits count groups. */
-static __device__ __forceinline__ void send_piece(uint4 *to, const mil_lora_module &module,
-                                                  piece &at, int32_t end_c)
+/* Past the end nothing, but a group of copies all the same: waits count groups. */
+static __device__ __forceinline__ void send_piece(sender &s, const mil_lora_module &module,
+                                                  uint32_t stage)
 {
-    if (at.c0 < end_c) {
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int32_t index = (int32_t)(threadIdx.x % MIL_WARP) + j * MIL_WARP;
-            const int32_t column = index / 2, half = index % 2;
-            const int32_t c = at.c0 + column, r = at.i * RANK_TILE + 8 * half;
-            const bool is_there = c < module.out && r < module.padded_rank;
-            const uint16_t *b = (const uint16_t *)module.b;
-            mil_copy16(to + piece_place(column, half),
-                       is_there ? b + (int64_t)c * module.padded_rank + r : b, is_there);
+    if (s.c < s.end_c) {
+        const uint32_t to = s.to + stage * PIECE_BYTES;
+        const bool is_in = s.r + 8 * s.half < module.padded_rank;
+        mil_copy16_at(to, s.from, is_in && s.c < module.out);
+        mil_copy16_at(to + PIECE_BYTES / 2, s.from + 16 * module.padded_rank,
+                      is_in && s.c + 16 < module.out);
+        s.r += RANK_TILE;
+        s.from += RANK_TILE;
+        if (s.r >= module.padded_rank) {
+            s.c += BLOCK_COLUMNS;
+            s.from += BLOCK_COLUMNS * module.padded_rank - s.r;
+            s.r = 0;
         }
-        move_on(at, module);
     }
     mil_copy_commit();
 }
 
-/* d += 16 of the rank: lane (n = lane / 4, q = lane % 4) ends with columns 8 q .. 8 q + 7 of rows n
- * and n + 8, because tile t's column n is 8 (n / 2) + 2 t + n % 2. A lane's 4 of the rank are 4 q
- * .. 4 q + 3 of v and of B alike. */
-static __device__ __forceinline__ void multiply(float (&d)[4][4], const expand_shared &shared,
-                                                const uint4 *piece, int32_t i)
+/* Where a lane's columns of tiles 0 and 1 lie in a piece; those of tiles 2 and 3 are 128 bytes on.
+ * Tile t's column n is 8 (n / 2) + 2 t + n % 2, so that lane (n = lane / 4, q = lane % 4) ends with
+ * columns 8 q .. 8 q + 7 of rows n and n + 8. Its 4 of the rank are 4 q .. 4 q + 3 of v and of B
+ * alike. */
+struct lane_places {
+    uint32_t tile[2];
+};
+
+static __device__ __forceinline__ lane_places find_places()
 {
-    const int32_t lane = threadIdx.x % MIL_WARP, n = lane / 4, q = lane % 4;
-    const uint4 high = shared.high[i][lane], low = shared.low[i][lane];
+    const uint32_t n = threadIdx.x % MIL_WARP / 4, q = threadIdx.x % 4;
+    lane_places places;
+#pragma unroll
+    for (uint32_t t = 0; t < 2; t++)
+        places.tile[t] = piece_place(8 * (n / 2) + 2 * t + n % 2, q / 2) + q % 2 * 8;
+    return places;
+}
+
+/* d += 16 of the rank. */
+static __device__ __forceinline__ void multiply(float (&d)[4][4], uint4 high, uint4 low,
+                                                const char *piece, const lane_places &places)
+{
     const uint32_t high_a[4] = {high.x, high.y, high.z, high.w};
     const uint32_t low_a[4] = {low.x, low.y, low.z, low.w};
 #pragma unroll
     for (int t = 0; t < 4; t++) {
-        const int32_t column = 8 * (n / 2) + 2 * t + n % 2;
-        const uint2 b = ((const uint2 *)(piece + piece_place(column, q / 2)))[q % 2];
+        const uint2 b = *(const uint2 *)(piece + places.tile[t % 2] + t / 2 * 128);
         mil_mma(d[t], low_a, b.x, b.y);
         mil_mma(d[t], high_a, b.x, b.y);
     }
@@ -197,11 +224,9 @@ struct y_columns {
 };
 
 /* rows: of y, NULL where the tile has none. */
-static __device__ __forceinline__ void load_y(y_columns &to, const expand_params &p, int32_t part,
-                                              int32_t out, uint16_t *const (&rows)[2], int32_t c0)
+static __device__ __forceinline__ void load_y(y_columns &to, const expand_params &p, int32_t out,
+                                              uint16_t *const (&rows)[2])
 {
-    to.c = c0 + 8 * (int32_t)(threadIdx.x % 4);
-    to.column = y_column(p, part, to.c);
 #pragma unroll
     for (int half = 0; half < 2; half++)
         if (p.is_vector && to.c < out && rows[half] != nullptr)
@@ -249,14 +274,12 @@ static __device__ __forceinline__ void add_to_y(const expand_params &p, int32_t 
 
 /* Rows n and n + 8 of the tile, a lane's own: where they lie in y. */
 static __device__ __forceinline__ void find_rows(uint16_t *(&rows)[2], const expand_params &p,
-                                                 const mil_lora_tile &tile)
+                                                 const int32_t (&ts)[2])
 {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int32_t row = (int32_t)(threadIdx.x % MIL_WARP) / 4 + 8 * half;
-        int32_t t = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
-        rows[half] = (uint32_t)t < (uint32_t)p.n_tokens ? p.y + (int64_t)t * p.ldy : nullptr;
-    }
+    for (int half = 0; half < 2; half++)
+        rows[half] =
+            (uint32_t)ts[half] < (uint32_t)p.n_tokens ? p.y + (int64_t)ts[half] * p.ldy : nullptr;
 }
 
 /* Blocks of columns `block` .. `end` of one part, for one tile. All of a block's threads. */
@@ -264,37 +287,51 @@ static __device__ __forceinline__ void expand_run(expand_shared &shared, const e
                                                   const mil_lora_tile &tile, int32_t part,
                                                   int32_t block, int32_t end)
 {
-    const int32_t warp = threadIdx.x / MIL_WARP;
-    uint16_t *rows[2];
-    find_rows(rows, p, tile); /* before the module is looked at: the loads do not wait for it */
+    const int32_t lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
+    int32_t ts[2]; /* beside the module, neither waits for the other */
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int32_t row = lane / 4 + 8 * half;
+        ts[half] = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
+    }
     const mil_lora_module module =
-        p.modules[tile.adapter_slot * p.slot_stride + p.projections[part]];
+        mil_lora_module_load(&p.modules[tile.adapter_slot * p.slot_stride + p.projections[part]]);
     if (module.rank == 0)
         return;
     const int32_t out = min(module.out, p.part_rows[part]);
     const int32_t end_c = min(end * BLOCK_COLUMNS, out);
+    const int32_t n_rank_tiles = mil_ceil_div(module.padded_rank, RANK_TILE);
     int32_t c0 = block * BLOCK_COLUMNS + warp * COLUMNS;
     __syncthreads(); /* the fragments and pieces before these are read */
-    uint4(*const pieces)[COLUMNS * RANK_TILE / 8] = shared.b[warp];
-    piece to_send = {c0, 0};
+    const char *const ring = shared.b[warp][0];
+    sender send = make_sender(module, ring, c0, end_c);
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++)
-        send_piece(pieces[stage], module, to_send, end_c);
+    for (uint32_t stage = 0; stage < STAGES - 1; stage++)
+        send_piece(send, module, stage);
+    uint16_t *rows[2];
+    find_rows(rows, p, ts);
     y_columns next;
-    load_y(next, p, part, out, rows, c0);
+    next.c = c0 + 8 * (lane % 4);
+    next.column = y_column(p, part, next.c);
+    load_y(next, p, out, rows);
     make_fragments(shared, p, module, tile, part);
     __syncthreads();
-    int32_t stage = 0;
+    const lane_places places = find_places();
+    uint32_t stage = 0;
     for (; c0 < end_c; c0 += BLOCK_COLUMNS) {
         const y_columns now = next;
-        load_y(next, p, part, out, rows, c0 + BLOCK_COLUMNS < end_c ? c0 + BLOCK_COLUMNS : out);
+        next.c = c0 + BLOCK_COLUMNS < end_c ? now.c + BLOCK_COLUMNS : out;
+        next.column += p.column_step;
+        load_y(next, p, out, rows);
         float d[4][4] = {};
-        for (int32_t i = 0; i * RANK_TILE < module.padded_rank; i++) {
+#pragma unroll 1
+        for (int32_t i = 0; i < n_rank_tiles; i++) {
             mil_copy_wait<STAGES - 2>();
             __syncwarp(); /* the others' copies too, and they have read the piece before */
-            send_piece(pieces[stage == 0 ? STAGES - 1 : stage - 1], module, to_send, end_c);
-            multiply(d, shared, pieces[stage], i);
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
+            send_piece(send, module, (stage + STAGES - 1) % STAGES);
+            multiply(d, shared.high[i][lane], shared.low[i][lane], ring + stage * PIECE_BYTES,
+                     places);
+            stage = (stage + 1) % STAGES;
         }
         add_to_y(p, part, out, rows, now, d);
     }
@@ -313,9 +350,10 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS)
     const uint32_t n_blocks = (uint32_t)p.first_block[p.n_parts];
     const uint32_t n_items =
         n_blocks * mil_lora_tiles_count(p.batch, p.bucket_segments, MIL_LORA_TILE_ROWS);
-    const uint32_t share = (n_items + gridDim.x - 1) / gridDim.x;
-    const uint32_t end = min((blockIdx.x + 1) * share, n_items);
-    for (uint32_t item = blockIdx.x * share; item < end;) {
+    const uint32_t share = n_items / gridDim.x, n_more = n_items % gridDim.x;
+    uint32_t item = blockIdx.x * share + min(blockIdx.x, n_more);
+    const uint32_t end = item + share + (blockIdx.x < n_more ? 1 : 0);
+    while (item < end) {
         const uint32_t index = item / n_blocks;
         const int32_t block = (int32_t)(item % n_blocks);
         int32_t part = 0;
@@ -333,7 +371,8 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS)
 static bool is_vector(const mil_lora_expand_args *args)
 {
     const mil_weight *weight = args->weight;
-    bool is_even = args->ldy % 8 == 0 && weight->interleave % 8 == 0;
+    bool is_even = args->ldy % 8 == 0 && weight->interleave % 8 == 0 &&
+                   (weight->interleave == 0 || BLOCK_COLUMNS % weight->interleave == 0);
     for (int32_t part = 0; part < weight->n_parts; part++)
         is_even = is_even && weight->part_rows[part] % 8 == 0;
     return is_even;
@@ -361,6 +400,7 @@ extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_
     p.n_parts = lora->n_parts;
     p.interleave = args->weight->interleave;
     p.is_vector = is_vector(args);
+    p.column_step = BLOCK_COLUMNS * (p.interleave > 0 ? p.n_parts : 1);
     for (int32_t part = 0; part < lora->n_parts; part++) {
         p.projections[part] = lora->projections[part];
         p.part_rows[part] = args->weight->part_rows[part];

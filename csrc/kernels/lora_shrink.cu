@@ -17,6 +17,7 @@
 #define BLOCK_K 32    /* K of one 16-byte load of each lane of a quad: two k16 steps */
 #define RANK_TILE 16  /* two n8 tiles */
 #define AT_ONCE 4     /* K blocks in flight */
+#define BLOCKS 4      /* of an SM */
 #define MANY_ROWS 512 /* with an adapter, from which blocks take 64 rows and all of K */
 
 struct shrink_params {
@@ -29,6 +30,7 @@ struct shrink_params {
     const uint16_t *x;
     int64_t ldx;
     int32_t n_tokens, bucket_segments;
+    int32_t n_parts, n_splits; /* most of a part's splits */
 };
 
 /* 8 elements of a row at k, zeros where they are past the end. in % 8 == 0 keeps loads aligned. Not
@@ -109,42 +111,36 @@ static __device__ __forceinline__ void store(const shrink_params &p, const mil_l
     }
 }
 
-/* Grid: (tiles, parts, splits). has_many: 64 rows a block, 16 a warp; else 16, and the warps share
- * K.
- */
+/* One tile, part and split. All of a block's threads. */
 template <bool has_many>
-static __global__ void __launch_bounds__(THREADS) shrink_kernel(shrink_params p)
+static __device__ __forceinline__ void shrink(const shrink_params &p, const mil_lora_tile &tile,
+                                              int32_t part, int32_t split)
 {
     __shared__ float quarters[has_many ? 1 : QUARTERS][2][4][MIL_WARP];
-    int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
-    int32_t part = blockIdx.y, split = blockIdx.z;
-    mil_let_next_start();
-    mil_wait_for_previous();
-    const int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
-    const mil_lora_tile tile =
-        mil_lora_tile_find(p.batch, p.bucket_segments, blockIdx.x, tile_rows);
-    int32_t row0 = has_many ? warp * MIL_LORA_TILE_ROWS : 0;
-    if (tile.n_rows == 0)
-        return;
-    const uint16_t *x[2]; /* before the module is looked at: the loads do not wait for it */
+    const int32_t lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
+    const int32_t row0 = has_many ? warp * MIL_LORA_TILE_ROWS : 0;
+    int32_t ts[2]; /* rows of x; beside the module, neither waits for the other */
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         int32_t row = row0 + lane / 4 + 8 * h;
-        int32_t t = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
-        x[h] = (uint32_t)t < (uint32_t)p.n_tokens ? p.x + (int64_t)t * p.ldx : nullptr;
+        ts[h] = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
     }
     const mil_lora_module module =
-        p.modules[tile.adapter_slot * p.slot_stride + p.projections[part]];
+        mil_lora_module_load(&p.modules[tile.adapter_slot * p.slot_stride + p.projections[part]]);
     if (module.rank == 0)
         return;
-    int32_t in = module.in, padded_rank = module.padded_rank;
-    int32_t n_splits = mil_lora_splits(in, padded_rank);
+    const int32_t in = module.in, padded_rank = module.padded_rank;
+    const int32_t n_splits = mil_lora_splits(in, padded_rank);
     if (split >= n_splits)
         return;
     const int32_t unit = QUARTERS * BLOCK_K;
-    int32_t split_k = mil_ceil_div(mil_ceil_div(in, n_splits), unit) * unit;
-    int32_t quarter_k = split_k / QUARTERS;
-    bool is_aligned = in % 8 == 0 && p.ldx % 8 == 0;
+    const int32_t split_k = mil_ceil_div(mil_ceil_div(in, n_splits), unit) * unit;
+    const int32_t quarter_k = split_k / QUARTERS;
+    const bool is_aligned = in % 8 == 0 && p.ldx % 8 == 0;
+    const uint16_t *x[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        x[h] = (uint32_t)ts[h] < (uint32_t)p.n_tokens ? p.x + (int64_t)ts[h] * p.ldx : nullptr;
     for (int32_t rank0 = 0; rank0 < padded_rank; rank0 += RANK_TILE) {
         const uint16_t *a[2];
 #pragma unroll
@@ -185,6 +181,26 @@ static __global__ void __launch_bounds__(THREADS) shrink_kernel(shrink_params p)
     }
 }
 
+/* An item is a tile, a part and a split; tiles are next to each other. Blocks share out what the
+ * batch has: tiles that a graph's bucket has room for and the batch lacks cost nothing. has_many:
+ * 64 rows a block, 16 a warp; else 16, and the warps share K. */
+template <bool has_many>
+static __global__ void __launch_bounds__(THREADS, BLOCKS)
+    shrink_kernel(const __grid_constant__ shrink_params p)
+{
+    constexpr int32_t TILE_ROWS = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
+    mil_let_next_start();
+    mil_wait_for_previous();
+    const uint32_t n_tiles = mil_lora_tiles_count(p.batch, p.bucket_segments, TILE_ROWS);
+    const uint32_t n_items = n_tiles * (uint32_t)(p.n_parts * p.n_splits);
+    for (uint32_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const mil_lora_tile tile =
+            mil_lora_tile_find(p.batch, p.bucket_segments, item % n_tiles, TILE_ROWS);
+        const int32_t rest = (int32_t)(item / n_tiles);
+        shrink<has_many>(p, tile, rest % p.n_parts, rest / p.n_parts);
+    }
+}
+
 extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_shrink_args *args)
 {
     const mil_lora_args *lora = &args->lora;
@@ -206,12 +222,17 @@ extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_
     p.ldx = args->ldx;
     p.n_tokens = lora->batch->header->bucket_tokens;
     p.bucket_segments = lora->batch->header->bucket_segments;
-    bool has_many = n_rows >= MANY_ROWS;
-    int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
-    /* A row of x is at least as long as any A's. */
-    dim3 grid(mil_lora_max_tiles(lora->batch, tile_rows), (uint32_t)lora->n_parts,
-              (uint32_t)mil_lora_splits((int32_t)args->ldx, 1));
+    p.n_parts = lora->n_parts;
+    p.n_splits = mil_lora_splits((int32_t)args->ldx, 1); /* a row of x is as long as any A's */
+    const bool has_many = n_rows >= MANY_ROWS;
+    const int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
+    const int64_t n_items =
+        (int64_t)mil_lora_max_tiles(lora->batch, tile_rows) * p.n_parts * p.n_splits;
+    const int64_t most = (int64_t)context->queue->n_sms * BLOCKS;
+    if (n_items > INT32_MAX)
+        return mil_fail(MIL_ERR_UNSUPPORTED, "lora_shrink: %d rows of %d, more than one launch",
+                        n_rows, (int32_t)args->ldx);
     return mil_launch(context->queue, "lora_shrink",
-                      has_many ? shrink_kernel<true> : shrink_kernel<false>, grid, dim3(THREADS), 0,
-                      p);
+                      has_many ? shrink_kernel<true> : shrink_kernel<false>,
+                      dim3((uint32_t)(n_items < most ? n_items : most)), dim3(THREADS), 0, p);
 }

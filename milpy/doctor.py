@@ -113,8 +113,7 @@ def _gpu() -> str:
 
 
 def _cuda() -> Iterator[Line]:
-    """Whether the CUDA backend can run, with what, and why not. Where a GPU is there and a library
-    is not, device auto is an error as well, so this does not say what will be used instead."""
+    """Whether the CUDA backend can run, with what, and why not."""
     try:
         from milpy import _C, wheels  # noqa: PLC0415 - its absence was told before
     except ImportError:
@@ -126,15 +125,28 @@ def _cuda() -> Iterator[Line]:
     except MilpyError as problem:
         advice = CUDA_BUILD if _devices() and not _C.HAS_CUDA else ""
         yield "cuda", f"cannot run: {problem}{advice}"
+        yield "device auto", "cpu"
         return
     driver, build = (cuda_version(gpus[0][key]) for key in ("driver_cuda", "build_cuda"))
     yield "cuda", f"{build} in this build, {driver} in the driver"
     for ordinal, gpu in enumerate(gpus):
-        for line in gpu_lines(gpu, is_first=ordinal == 0):
+        for line in gpu_lines(gpu):
             yield f"cuda:{ordinal}", line
+    yield "device auto", auto_device(gpus)
 
 
-def gpu_lines(gpu: _GpuReport, *, is_first: bool) -> Iterator[str]:
+def auto_device(gpus: list[_GpuReport]) -> str:
+    """What it is. A GPU that lacks a library or memory is an error there too: it could be used."""
+    from milpy import _C  # noqa: PLC0415 - its absence was told before
+
+    try:
+        ordinal = _C.find_gpu()
+    except MilpyError as problem:
+        return f"cpu: {problem}"
+    return f"cuda:{ordinal}" + (", which cannot run" if gpus[ordinal]["problem"] else "")
+
+
+def gpu_lines(gpu: _GpuReport) -> Iterator[str]:
     """What _C.gpu_reports tells of one."""
     major, minor = divmod(gpu["compute_capability"], 10)
     yield f"{gpu['name']}, compute capability {major}.{minor}"
@@ -142,8 +154,7 @@ def gpu_lines(gpu: _GpuReport, *, is_first: bool) -> Iterator[str]:
     if gpu["problem"]:
         yield f"cannot run: {gpu['problem']}"
         return
-    role = "will be used" if is_first else "can be used"
-    yield f"{role}; {free:.1f} GiB of {total:.1f} GiB are free"
+    yield f"can be used; {free:.1f} GiB of {total:.1f} GiB are free"
     yield f"kernels: {gpu['kernels']}"
     version = gpu["cublaslt_version"]
     numbers = f"{version // 10_000}.{version // 100 % 100}.{version % 100}"

@@ -24,13 +24,42 @@ struct mil_graph {
 
 /* ---- errors ---- */
 
+/* Asking cudart how much is free would make a context where none is current. */
+static bool has_context(void)
+{
+    void *get;
+    CUcontext now = NULL;
+    return mil_cuda_driver_find(&get, "cuCtxGetCurrent") == MIL_OK &&
+           ((__typeof__(&cuCtxGetCurrent))get)(&now) == CUDA_SUCCESS && now != NULL;
+}
+
+/* A driver's own needs, streams and kernels and graphs, have no size that could be told. */
+static mil_status out_of_memory(const char *what)
+{
+    size_t is_free, total;
+    if (!has_context())
+        return mil_fail(MIL_ERR_MEMORY,
+                        "cuda: %s: the GPU's memory is full: a context alone takes some 0.5 GiB "
+                        "(nvidia-smi tells who holds it)",
+                        what);
+    if (cudaMemGetInfo(&is_free, &total) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return mil_fail(MIL_ERR_MEMORY, "cuda: %s: the GPU's memory is full", what);
+    }
+    return mil_fail(MIL_ERR_MEMORY,
+                    "cuda: %s: the GPU's memory is full: %.3f GiB of %.3f GiB are free", what,
+                    (double)is_free / GIB, (double)total / GIB);
+}
+
 mil_status mil_cuda_status(cudaError_t error, const char *what)
 {
     if (error == cudaSuccess)
         return MIL_OK;
     (void)cudaGetLastError();
-    return mil_fail(error == cudaErrorMemoryAllocation ? MIL_ERR_MEMORY : MIL_ERR_DEVICE,
-                    "cuda: %s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+    if (error == cudaErrorMemoryAllocation)
+        return out_of_memory(what);
+    return mil_fail(MIL_ERR_DEVICE, "cuda: %s: %s (%s)", what, cudaGetErrorString(error),
+                    cudaGetErrorName(error));
 }
 
 static mil_status count_failed(cudaError_t error)
@@ -62,6 +91,38 @@ mil_status mil_cuda_count(int32_t *n_devices)
         return count_failed(error);
     *n_devices = n;
     return MIL_OK;
+}
+
+static mil_status check_capability(const char *label, int32_t major, int32_t minor)
+{
+    return 10 * major + minor >= OLDEST_CAPABILITY
+               ? MIL_OK
+               : mil_fail(MIL_ERR_DEVICE,
+                          "%s: compute capability is %d.%d, expected %d.%d or newer", label, major,
+                          minor, OLDEST_CAPABILITY / 10, OLDEST_CAPABILITY % 10);
+}
+
+/* Makes no context. */
+static mil_status check_device(int32_t ordinal)
+{
+    int major, minor;
+    char label[24];
+    MIL_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal));
+    MIL_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal));
+    (void)snprintf(label, sizeof label, "cuda:%d", ordinal);
+    return check_capability(label, major, minor);
+}
+
+mil_status mil_cuda_find_device(int32_t *ordinal)
+{
+    int32_t n_devices;
+    mil_status status = MIL_ERR_DEVICE;
+    MIL_TRY(mil_cuda_count(&n_devices));
+    for (int32_t i = 0; i < n_devices && status != MIL_OK; i++) {
+        status = check_device(i);
+        *ordinal = status == MIL_OK ? i : 0;
+    }
+    return status;
 }
 
 /* ---- on the right device ---- */
@@ -198,9 +259,7 @@ static mil_status read_device(mil_queue *queue)
                    properties.name);
     queue->n_sms = properties.multiProcessorCount;
     queue->shared_bytes = (int32_t)properties.sharedMemPerBlockOptin;
-    if (capability < OLDEST_CAPABILITY)
-        return mil_fail(MIL_ERR_DEVICE, "%s: compute capability is %d.%d, expected 8.0 or newer",
-                        queue->label, properties.major, properties.minor);
+    MIL_TRY(check_capability(queue->label, properties.major, properties.minor));
     /* The context is there: what it took is not the queue's. */
     size_t n_total;
     MIL_CUDA_TRY(cudaMemGetInfo(&queue->n_free_at_open, &n_total));

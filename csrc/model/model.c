@@ -4,6 +4,7 @@
 #include "model/config.h"
 #include "model/runner.h"
 #include "ops/device.h"
+#include "ops/find.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -155,14 +156,14 @@ static mil_status measure_libraries(mil_model *model)
 
 /* ---- open and free ---- */
 
-/* "cpu", "cuda", "cuda:1"; NULL and "auto": CUDA where there is a GPU, else the CPU. */
+/* "cpu", "cuda", "cuda:1"; NULL and "auto": the first GPU that can be used, else the CPU. */
 static mil_status find_backend(mil_model *model, const char *device)
 {
     char name[16] = "";
     int n_read = 0;
     if (device == NULL || strcmp(device, "auto") == 0) {
-        if (mil_backend_find(&model->backend, "cuda") == MIL_OK)
-            return MIL_OK;
+        if (mil_backend_find_gpu(&model->ordinal) == MIL_OK)
+            return mil_backend_find(&model->backend, "cuda");
         (void)snprintf(model->no_cuda, sizeof model->no_cuda, "%s", mil_status_message());
         return mil_backend_find(&model->backend, "cpu");
     }

@@ -47,6 +47,16 @@ mil_status mil_backend_count_gpus(int32_t *n_gpus)
 #endif
 }
 
+mil_status mil_backend_find_gpu(int32_t *ordinal)
+{
+#ifdef MIL_WITH_CUDA
+    return mil_cuda_find_device(ordinal);
+#else
+    *ordinal = 0;
+    return no_cuda();
+#endif
+}
+
 mil_status mil_backend_report_gpu(mil_gpu_report *report, int32_t ordinal)
 {
 #ifdef MIL_WITH_CUDA

@@ -34,12 +34,16 @@ typedef struct mil_gpu_report {
 /* Devices that the driver shows, at least one. MIL_ERR_DEVICE says what is missing: CUDA in this
  * build, a driver, a newer one, a device. */
 mil_status mil_backend_count_gpus(int32_t *n_gpus) MIL_WARN_UNUSED;
+/* What device "auto" is: the first whose compute capability there are kernels for. MIL_ERR_DEVICE
+ * says why there is none. */
+mil_status mil_backend_find_gpu(int32_t *ordinal) MIL_WARN_UNUSED;
 /* Opens a queue there, so that a missing library is found as well. */
 mil_status mil_backend_report_gpu(mil_gpu_report *report, int32_t ordinal) MIL_WARN_UNUSED;
 
 /* What it passes them to. */
 void mil_cuda_add_library_dir(const char *dir);
 mil_status mil_cuda_count(int32_t *n_devices) MIL_WARN_UNUSED;
+mil_status mil_cuda_find_device(int32_t *ordinal) MIL_WARN_UNUSED;
 mil_status mil_cuda_report(mil_gpu_report *report, int32_t ordinal) MIL_WARN_UNUSED;
 
 #ifdef __cplusplus

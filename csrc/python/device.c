@@ -56,6 +56,18 @@ PyObject *mil_py_gpu_reports(PyObject *module, PyObject *unused)
     return gpus;
 }
 
+PyObject *mil_py_find_gpu(PyObject *module, PyObject *unused)
+{
+    (void)unused;
+    int32_t ordinal;
+    mil_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = mil_backend_find_gpu(&ordinal);
+    Py_END_ALLOW_THREADS
+    return status == MIL_OK ? PyLong_FromLong(ordinal)
+                            : mil_raise(PyModule_GetState(module), status);
+}
+
 PyObject *mil_py_add_library_dir(PyObject *module, PyObject *path)
 {
     (void)module;

@@ -52,6 +52,8 @@ static PyMethodDef methods[] = {
      "A dict for each GPU: what it is, which kernels run there with which cuBLASLt, or the "
      "problem.\n"
      "Raises EngineError where there is none, which says what is missing."},
+    {"find_gpu", mil_py_find_gpu, METH_NOARGS,
+     "The ordinal of the GPU that device auto is. Raises EngineError where it is the CPU: why."},
     {"add_library_dir", mil_py_add_library_dir, METH_O,
      "One more directory to find NVIDIA's libraries in, before a model is made."},
     {"dlpack_stream", mil_py_dlpack_stream, METH_VARARGS,

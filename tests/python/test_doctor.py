@@ -52,15 +52,14 @@ def test_a_gpu_that_runs_is_told_with_what_runs_there() -> None:
         "total_bytes": 140 << 30, "problem": "", "free_bytes": 139 << 30, "kernels": "Hopper's own",
         "cublaslt_version": 130105, "cublaslt_path": "/a/libcublasLt.so.13",
     }  # fmt: skip
-    assert list(doctor.gpu_lines(gpu, is_first=True)) == [
+    assert list(doctor.gpu_lines(gpu)) == [
         "NVIDIA H200, compute capability 9.0",
-        "will be used; 139.0 GiB of 140.0 GiB are free",
+        "can be used; 139.0 GiB of 140.0 GiB are free",
         "kernels: Hopper's own",
         "cuBLASLt 13.1.5 in /a/libcublasLt.so.13",
     ]
-    assert "can be used; " in list(doctor.gpu_lines(gpu, is_first=False))[1]
     gpu |= {"problem": "cuda: found no libcublasLt.so.13", "compute_capability": 86}
-    assert list(doctor.gpu_lines(gpu, is_first=True)) == [
+    assert list(doctor.gpu_lines(gpu)) == [
         "NVIDIA H200, compute capability 8.6",
         "cannot run: cuda: found no libcublasLt.so.13",
     ]
@@ -77,12 +76,15 @@ def test_a_cuda_version_reads_as_nvidia_writes_it() -> None:
 
 @pytest.mark.skipif(_C.HAS_CUDA, reason="this build has CUDA")
 def test_a_build_without_cuda_says_so_and_how_to_get_one() -> None:
-    (line,) = values_of(run("-m", "milpy", "doctor"), "cuda")
+    report = run("-m", "milpy", "doctor")
+    (line,) = values_of(report, "cuda")
     assert line.startswith("cannot run: this build has no CUDA")
+    assert "device auto      cpu\n" in report
     # No use where there is no GPU.
     assert ("for one: nvcc" in line) == (gpu_count() > 0)
-    with pytest.raises(EngineError, match="this build has no CUDA"):
-        _C.gpu_reports()
+    for ask in (_C.gpu_reports, _C.find_gpu):
+        with pytest.raises(EngineError, match="this build has no CUDA"):
+            ask()
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
@@ -123,6 +125,7 @@ def test_doctor_tells_what_runs_on_each_gpu() -> None:
     report = run("-m", "milpy", "doctor", MILPY_CUDA_PATH="")
     gpus = _C.gpu_reports()
     assert " in this build, CUDA 1" in values_of(report, "cuda")[0]
+    assert f"device auto      cuda:{_C.find_gpu()}\n" in report
     for ordinal in range(len(gpus)):
         name, memory, kernels, library = values_of(report, f"cuda:{ordinal}")
         assert name.startswith(gpus[ordinal]["name"]) and ", compute capability " in name

@@ -99,7 +99,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", action="append", default=[], type=_name_and_path,
                         metavar="NAME=PATH", help="a PEFT adapter; may be repeated")  # fmt: skip
     parser.add_argument("--device", default="auto",
-                        help="cpu, cuda, cuda:N or auto: CUDA where there is a GPU")  # fmt: skip
+                        help="cpu, cuda, cuda:N or auto: a GPU where one will do")  # fmt: skip
     parser.add_argument("--load-format", default="auto", choices=("auto", "dummy"),
                         help="dummy: random weights from config.json alone")  # fmt: skip
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
@@ -108,6 +108,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS")
     parser.add_argument("--kv-cache-bytes", type=int, metavar="BYTES")
     parser.add_argument("--page-size", type=int, metavar="TOKENS")
+    parser.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE",
+                        help="of the whole GPU that may be in use (0.9)")  # fmt: skip
+    parser.add_argument("--deterministic", action="store_true",
+                        help="on a GPU batch mates change no bit, at a price")  # fmt: skip
+    parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--n-threads", type=int, metavar="N")
     parser.add_argument("--tokenizer", metavar="PATH", help="another folder for tokenizer.json")
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
@@ -274,7 +279,8 @@ def _open(arguments: argparse.Namespace) -> LLM:
     from milpy.llm import LLM
 
     names = """device load_format tensor_parallel_size max_model_len max_num_seqs
-        max_num_batched_tokens kv_cache_bytes page_size n_threads tokenizer revision""".split()
+        max_num_batched_tokens kv_cache_bytes page_size gpu_memory_utilization deterministic
+        enforce_eager n_threads tokenizer revision""".split()
     options = {name: getattr(arguments, name) for name in names}
     adapters = dict(arguments.adapter)
     if len(adapters) < len(arguments.adapter):

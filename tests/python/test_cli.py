@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import contextlib
 import fcntl
 import json
@@ -56,6 +57,14 @@ def test_heavy_modules_are_imported_inside_functions_only() -> None:
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {getattr(node, "module", None) or node.names[0].name for node in top}
     assert names <= {"__future__", "argparse", "sys", "collections.abc", "typing", "milpy"}
+
+
+def test_every_option_of_an_llm_can_be_given() -> None:
+    """But dtype, which has one value, and seed, of dummy weights."""
+    named = {"model", "self", "adapters", "progress", "dtype", "seed"}
+    options = set(inspect.signature(milpy.LLM.__init__).parameters) - named
+    text = run("generate", "--help").stdout
+    assert {name for name in options if f"--{name.replace('_', '-')}" not in text} == set()
 
 
 def test_version_and_usage() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import contextlib
 import fcntl
+import inspect
 import json
 import os
 import pty

@@ -285,3 +285,13 @@ def test_make_ends_where_the_script_is_missing(machine: Machine) -> None:
     status, _, says = machine.make("MILPY_CUDA=1")
     assert status == 2
     assert "MILPY_CUDA=1: CUDA cannot be built here, see above" in says
+
+
+def test_the_readme_installs_what_ci_compiles_with() -> None:
+    """The newest ptxas is not it: CI says why."""
+    pins = [
+        re.findall(r"nvidia-\{[\w,-]+\}'==[\d.*]+'", (ROOT / name).read_text())
+        for name in (".ci/run", "README.md")
+    ]
+    assert len(pins[0]) == 1
+    assert pins[0] == pins[1]

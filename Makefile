@@ -74,8 +74,9 @@ endif
 
 # The CUDA backend: NVCC, the toolkit's headers and cudart, or nothing. See tools/find_cuda.sh.
 ifneq ($(MILPY_CUDA),0)
-CUDA := $(shell sh tools/find_cuda.sh $(MILPY_CUDA) $(PYTHON))
-ifeq ($(CUDA),error)
+CUDA := $(shell sh tools/find_cuda.sh '$(MILPY_CUDA)' $(PYTHON))
+# Three words; none only from auto, so that a script that did not run is no answer either.
+ifneq ($(words $(CUDA)),$(if $(CUDA)$(filter-out auto,$(MILPY_CUDA)),3,0))
 $(error MILPY_CUDA=$(MILPY_CUDA): CUDA cannot be built here, see above)
 endif
 endif
@@ -332,7 +333,7 @@ HAS_GPU := $(shell $(BASE_PYTHON) tests/helpers/devices.py)
 endif
 $(VENV)/.stamp-gpu: | cuda-found
 cuda-found:
-	@test "$$(sh tools/find_cuda.sh 1 $(VPY))" != error
+	@set -- $$(sh tools/find_cuda.sh 1 $(VPY)); test $$# = 3
 test-gpu: $(VENV)/.stamp-$(if $(HAS_GPU),gpu,test) ## set up, then all that needs a GPU; skips with the reason where there is none
 	@$(MAKE) ext chaos $(SHIM) PYTHON=$(VPY) MILPY_CUDA=$(if $(HAS_GPU),1,0)
 	$(if $(HAS_GPU),@$(MAKE) ptx PYTHON=$(VPY))

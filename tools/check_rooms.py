@@ -61,7 +61,9 @@ def check_includes() -> Iterator[str]:
 def cuda_include() -> str:
     """The toolkit's headers, "" where there is none."""
     found = subprocess.run(
-        ["sh", str(ROOT / "tools/find_cuda.sh"), "1"], capture_output=True, text=True
+        ["sh", str(ROOT / "tools/find_cuda.sh"), "1", sys.executable],
+        capture_output=True,
+        text=True,
     ).stdout.split()
     return found[1] if len(found) == 3 else ""
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Prints what the CUDA part of a build needs, "NVCC INCLUDE-DIR LIB-DIR", or nothing where CUDA is not
 # to be built. The first argument is MILPY_CUDA:
+#   0     never
 #   auto  only where this machine has a CUDA device or driver; what is missing then is said
 #   1     whatever the machine has (CI compiles so); a missing piece is named, and "error" printed
 # The second is the Python whose wheels may bring what is missing elsewhere. nvcc is CUDA_HOME's, else
@@ -21,6 +22,7 @@ has_device() {
     return 1
 }
 case $mode in
+0) exit 0 ;;
 1) ;;
 auto) has_device || exit 0 ;;
 *)

@@ -12,6 +12,16 @@
 
 #define PATH_BYTES 1024
 #define MAX_DIRS 16
+#ifdef __aarch64__
+#define TARGET_LIB "targets/sbsa-linux/lib"
+#else
+#define TARGET_LIB "targets/x86_64-linux/lib"
+#endif
+
+/* Where a toolkit's libraries are, as tools/find_cuda.sh accepts them: NVIDIA's installer's place,
+ * then those of a toolkit without it (conda's, one made of wheels). */
+static const char *const layouts[] = {"lib64", "lib", TARGET_LIB};
+#define LAYOUTS "{lib64,lib," TARGET_LIB "}"
 
 /* The process's, as the system's own search path is. */
 static struct {
@@ -55,17 +65,34 @@ static void *try_file(mil_search *search, const char *path)
     return NULL;
 }
 
-static void *try_dir(mil_search *search, const char *dir, const char *below, const char *name,
-                     bool is_first)
+static void note_place(mil_search *search, const char *dir, const char *below)
+{
+    size_t used = strlen(search->tried);
+    (void)snprintf(search->tried + used, sizeof search->tried - used, ", %s%s", dir, below);
+}
+
+static void *try_dir(mil_search *search, const char *dir, const char *name, bool is_first)
 {
     char path[2 * PATH_BYTES];
-    size_t used = strlen(search->tried);
     if (is_first)
-        (void)snprintf(search->tried + used, sizeof search->tried - used, ", %s%s", dir, below);
-    (void)snprintf(path, sizeof path, "%s%s/%s", dir, below, name);
-    if (access(path, F_OK) != 0)
-        return NULL;
-    return try_file(search, path);
+        note_place(search, dir, "");
+    (void)snprintf(path, sizeof path, "%s/%s", dir, name);
+    return access(path, F_OK) == 0 ? try_file(search, path) : NULL;
+}
+
+/* The first file that is there: the folders are links to one another as a rule, and a reason need
+ * not be told three times. */
+static void *try_toolkit(mil_search *search, const char *root, const char *name, bool is_first)
+{
+    char path[2 * PATH_BYTES];
+    if (is_first)
+        note_place(search, root, "/" LAYOUTS);
+    for (size_t i = 0; i < sizeof layouts / sizeof layouts[0]; i++) {
+        (void)snprintf(path, sizeof path, "%s/%s/%s", root, layouts[i], name);
+        if (access(path, F_OK) == 0)
+            return try_file(search, path);
+    }
+    return NULL;
 }
 
 static void *try_name(mil_search *search, const char *name, bool is_first)
@@ -73,11 +100,11 @@ static void *try_name(mil_search *search, const char *name, bool is_first)
     const char *home = getenv("CUDA_HOME");
     void *handle = try_file(search, name);
     if (handle == NULL && home != NULL && home[0] != '\0')
-        handle = try_dir(search, home, "/lib64", name, is_first);
+        handle = try_toolkit(search, home, name, is_first);
     if (handle == NULL)
-        handle = try_dir(search, "/usr/local/cuda", "/lib64", name, is_first);
+        handle = try_toolkit(search, "/usr/local/cuda", name, is_first);
     for (int32_t i = 0; handle == NULL && i < added.n; i++)
-        handle = try_dir(search, added.text[i], "", name, is_first);
+        handle = try_dir(search, added.text[i], name, is_first);
     return handle;
 }
 

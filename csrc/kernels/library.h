@@ -14,9 +14,10 @@ extern "C" {
 void mil_cuda_add_library_dir(const char *dir);
 
 /* dlopen the first of `names` (best first, NULL last) that there is: by its name alone (loaded
- * already, or where the system looks), in $CUDA_HOME/lib64, /usr/local/cuda/lib64 and the added
- * directories. Where the environment variable `variable` is set, the path that it holds and nothing
- * else. MIL_ERR_DEVICE names every place tried, and why files that are there did not load. */
+ * already, or where the system looks), in the toolkits $CUDA_HOME and /usr/local/cuda (the first of
+ * lib64, lib and targets/x86_64-linux/lib that has it; targets/sbsa-linux/lib on Arm) and in the
+ * added directories. Where the environment variable `variable` is set, only the path that it holds.
+ * MIL_ERR_DEVICE names every place tried, and why files that are there did not load. */
 mil_status mil_cuda_library_open(void **out, const char *variable, const char *const *names)
     MIL_WARN_UNUSED;
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 VARIABLE = "MILPY_TEST_LIBRARY"
 NEW, OLD = "libmilpytest.so.2", "libmilpytest.so.1"
+TARGET = "sbsa-linux" if platform.machine() == "aarch64" else "x86_64-linux"
+# Of a toolkit, as tools/find_cuda.sh accepts them to build with.
+LAYOUTS = ["lib64", "lib", f"targets/{TARGET}/lib"]
 
 
 class Finder:
@@ -47,11 +51,12 @@ def finder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finder:
 
 def test_a_missing_library_is_told_with_every_place_tried(finder: Finder, tmp_path: Path) -> None:
     finder.add(tmp_path / "wheel")
-    tried = f"{tmp_path}/toolkit/lib64, /usr/local/cuda/lib64, {tmp_path}/wheel"
+    layouts = f"{{{','.join(LAYOUTS)}}}"
+    tried = f"{tmp_path}/toolkit/{layouts}, /usr/local/cuda/{layouts}, {tmp_path}/wheel"
     assert finder.problem() == f"cuda: found no {NEW} or {OLD}; tried the system's places, {tried}"
 
 
-@pytest.mark.parametrize("folder", ["toolkit/lib64", "wheel"])
+@pytest.mark.parametrize("folder", [*(f"toolkit/{layout}" for layout in LAYOUTS), "wheel"])
 @pytest.mark.parametrize("name", [NEW, OLD])
 def test_a_library_is_found_where_it_is(
     finder: Finder, tmp_path: Path, folder: str, name: str
@@ -60,6 +65,20 @@ def test_a_library_is_found_where_it_is(
     (tmp_path / "finder.so").rename(tmp_path / folder / name)
     finder.add(tmp_path / "wheel")
     assert finder.problem() == ""
+
+
+def test_a_toolkit_is_looked_through_in_order(finder: Finder, tmp_path: Path) -> None:
+    """Up to the first file that is there. One that does not load is told once: the folders are
+    links to one another as a rule."""
+    folders = [tmp_path / "toolkit" / layout for layout in LAYOUTS]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / NEW).write_text("no library")
+    for folder in folders:
+        assert finder.problem().count("; ") == 2
+        assert f"; {folder}/{NEW}: " in finder.problem()
+        (folder / NEW).unlink()
+    assert finder.problem().count("; ") == 1
 
 
 def test_a_file_that_does_not_load_is_told_with_the_reason(finder: Finder, tmp_path: Path) -> None:

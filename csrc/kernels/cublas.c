@@ -117,16 +117,15 @@ static mil_status open_library(void **handle, int driver)
     char is_for[16], reason[1024];
     const char *named = getenv("MILPY_CUBLASLT");
     bool is_named = named != NULL && named[0] != '\0';
-    if (driver >= 13000)
-        return mil_cuda_library_open(handle, "MILPY_CUBLASLT", names);
-    mil_status status = mil_cuda_library_open(handle, "MILPY_CUBLASLT", names + 1);
-    if (status == MIL_OK)
-        return MIL_OK;
+    bool runs_13 = driver >= 13000;
+    mil_status status =
+        mil_cuda_library_open(handle, "MILPY_CUBLASLT", runs_13 ? names : names + 1);
+    if (status == MIL_OK || is_named)
+        return status;
     show_version(is_for, sizeof is_for, driver);
     (void)snprintf(reason, sizeof reason, "%s", mil_status_message());
-    if (is_named)
-        return status;
-    return mil_fail(status, "%s; the driver is for CUDA %s and runs no newer one", reason, is_for);
+    return mil_fail(status, "%s; the driver is for CUDA %s: pip install %s brings one for it",
+                    reason, is_for, runs_13 ? "'nvidia-cublas>=13,<14'" : "nvidia-cublas-cu12");
 }
 
 /* The library stays loaded until the process ends: its kernels are registered with the driver. */

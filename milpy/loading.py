@@ -20,7 +20,7 @@ from milpy.errors import ConfigError, RequestError
 from milpy.hub import resolve_model
 from milpy.interrupt import HeldInterrupt
 from milpy.outputs import check_adapter_name
-from milpy.sampling import check_integer
+from milpy.scalars import check_integer
 from milpy.strict_json import show
 from milpy.tokenizer import TOKENIZER_FILE, Tokenizer
 from milpy.wheels import add_library_dirs

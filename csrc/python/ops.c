@@ -351,7 +351,7 @@ PyObject *mil_py_op_sample(PyObject *module, PyObject *args)
     mil_op_expect(&call, o.out, MIL_DTYPE_I32, MIL_SHAPE(n));
     if (has_logprobs)
         take_logprobs(&call, &o, more, n);
-    if (call.status == MIL_OK && !o.params->is_cuda)
+    if (mil_op_can_look(&call))
         check_params(&call, o.params);
     return mil_op_run(&call, run_sample, &o);
 }

@@ -206,7 +206,7 @@ static void expect_lora(mil_op_call *call, lora_operands *o)
     mil_op_expect_in(call, "the number of rows", o->n_rows, 0, o->n_tokens);
     mil_op_expect(call, o->v, MIL_DTYPE_F32, MIL_SHAPE(o->n_rows, o->rank));
     mil_op_expect(call, o->scales, MIL_DTYPE_F32, MIL_SHAPE(o->n_adapters));
-    if (call->status == MIL_OK && !o->rows->is_cuda)
+    if (mil_op_can_look(call))
         check_segments(call, o);
 }
 

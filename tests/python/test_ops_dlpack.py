@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,6 +132,52 @@ def test_arrays_of_two_gpus_are_refused() -> None:
     out = Producer.of(np.ones((2, 8), np.uint16), device=(CUDA, 0))
     with pytest.raises(RequestError, match="out lies on cuda:0, expected cuda:1 as gate_up"):
         ops.silu_and_mul(gate_up, out=out)
+
+
+def far(*shape: int) -> Producer:
+    """Of int32 on a GPU: at an address that the host cannot read."""
+    return Producer(1 << 20, shape, np.dtype(np.int32), device=(CUDA, 0))
+
+
+def bits(*shape: int) -> Array:
+    return np.zeros(shape, np.uint16)
+
+
+def int32(*values: int) -> Array:
+    return np.array(values, np.int32)
+
+
+CACHES = bits(4, 1, 16, 32), bits(4, 1, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ops.lora(
+                bits(4, 5), bits(4, 16), bits(2, 8, 16), bits(2, 5, 8), far(2), int32(1),
+                int32(0, 3),
+            ),
+            "lora: segment_indptr lies on cuda:0, expected cpu:0 as x",
+        ),
+        (
+            lambda: ops.attention(
+                bits(1, 2, 32), *CACHES, np.zeros((1, 2), np.int32), far(2), int32(1)
+            ),
+            "attention: query_indptr lies on cuda:0, expected cpu:0 as q",
+        ),
+        (
+            lambda: ops.rope(bits(2, 1, 32), far(2), *ops.rope_tables(4, 32)),
+            "rope: positions lies on cuda:0, expected cpu:0 as x",
+        ),
+    ],
+)  # fmt: skip
+def test_an_index_on_a_gpu_is_not_read_beside_arrays_of_the_host(
+    call: Callable[[], Any], message: str
+) -> None:
+    """It was, and the process died, where another array of the host asked for the look."""
+    with pytest.raises(RequestError, match=message):
+        call()
 
 
 @pytest.mark.ref

@@ -244,7 +244,7 @@ static void check_params(mil_op_call *call, const mil_operand *params)
             sampling[i].top_k < 0 || !(sampling[i].top_p > 0.0f && sampling[i].top_p <= 1.0f))
             call->status = mil_fail(MIL_ERR_ARGUMENT,
                                     "%s: row %d of params has temperature %g, top_k %d and top_p "
-                                    "%g, expected a finite one >= 0, one >= 0, one in (0, 1]",
+                                    "%g, expected one in [0, 1e30], one >= 0, one in (0, 1]",
                                     call->op, i, (double)sampling[i].temperature, sampling[i].top_k,
                                     (double)sampling[i].top_p);
 }

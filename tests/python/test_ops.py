@@ -576,6 +576,9 @@ def test_lora(rng: np.random.Generator, T: int, K: int, N: int, R: int, kind: st
         ({"rows": int32(0, 4)}, "an entry of rows is 4, expected 0 to 3"),
         ({"b": np.zeros((2, 6, 8), BITS)}, r"b is bfloat16 \[2, 6, 8\], expected .* \[2, 5, 8\]"),
         ({"scale": np.ones(3, np.float32)}, r"scale is float32 \[3\], expected float32 \[2\]"),
+        ({"scale": np.ones(2)}, "scale is .*float64.*, expected float32"),
+        ({"scale": np.array([1, np.nan], F32)}, r"scale\[1\] is nan, expected a finite one"),
+        ({"scale": np.array([-np.inf, 1], F32)}, r"scale\[0\] is -inf, expected a finite one"),
     ],
 )
 def test_what_lora_refuses(changed: dict[str, Any], message: str) -> None:

@@ -136,10 +136,11 @@ def _device_made_current(x: Array) -> AbstractContextManager[object]:
 def _stream_of(x: Array, device: tuple[int, int]) -> int | None:
     """The stream that x's library now works on, where its type tells it. Imports nothing."""
     api = getattr(type(x), "__dlpack_c_exchange_api__", None)
-    if api is not None:
-        return _C.dlpack_stream(api, *device)
+    told = None if api is None else _C.dlpack_stream(api, *device)
+    if told is not None:
+        return told
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and isinstance(x, torch.Tensor):  # one that has no such table
+    if torch is not None and isinstance(x, torch.Tensor):  # of an age that has no such table
         return int(torch.cuda.current_stream(x.device).cuda_stream)
     if cupy is not None and isinstance(x, cupy.ndarray):
         with x.device:

@@ -11,10 +11,12 @@ PyObject *mil_py_dlpack_stream(PyObject *module, PyObject *args)
     int device_type, device_id;
     void *stream = NULL;
     (void)module;
-    if (!PyArg_ParseTuple(args, "Oii:dlpack_stream", &exchange_api, &device_type, &device_id) ||
-        mil_dlpack_stream(&stream, exchange_api, device_type, device_id) != 0)
+    if (!PyArg_ParseTuple(args, "Oii:dlpack_stream", &exchange_api, &device_type, &device_id))
         return NULL;
-    return PyLong_FromVoidPtr(stream);
+    int found = mil_dlpack_stream(&stream, exchange_api, device_type, device_id);
+    if (found == 0)
+        Py_RETURN_NONE;
+    return found < 0 ? NULL : PyLong_FromVoidPtr(stream);
 }
 
 /* ---- rms_norm ---- */

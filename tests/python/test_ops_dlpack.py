@@ -236,6 +236,26 @@ def test_an_op_asks_its_arrays_type_for_the_current_stream() -> None:
     assert asked == [(CUDA, 3)]
 
 
+def test_a_type_whose_table_has_no_function_for_it_tells_no_stream() -> None:
+    """DLPack wants the function to be there; one that left it out ended the process."""
+    assert _C.dlpack_stream(exchange_api(None), CUDA, 3) is None
+    ours = exchange_api(lambda kind, ordinal: PER_THREAD)
+    assert _C.dlpack_stream(exchange_api(None, major=2, older=ours), CUDA, 3) == PER_THREAD
+    assert _C.dlpack_stream(exchange_api(None, major=2, older=exchange_api(None)), CUDA, 3) is None
+
+    class Silent(Producer):
+        __dlpack_c_exchange_api__ = exchange_api(None)
+
+    class Telling(Producer):
+        __dlpack_c_exchange_api__ = ours
+
+    gate_up, out = (np.ones((2, n), np.uint16) for n in (16, 8))
+    silent, telling = Silent.of(gate_up, device=(CUDA, 3)), Telling.of(out, device=(CUDA, 3))
+    with pytest.raises(RequestError, match=r"stream is 2 .*, expected any other"):
+        ops.silu_and_mul(silent, out=telling)  # the next array is asked
+    assert ops._current_stream([silent]) == 0  # none tells one: the legacy default stream
+
+
 def test_a_stream_that_is_given_is_not_asked_for() -> None:
     class Telling(Producer):
         __dlpack_c_exchange_api__ = exchange_api(lambda kind, ordinal: 1 // 0)
@@ -260,5 +280,7 @@ def test_the_exchange_api_that_is_understood_is_asked() -> None:
     assert _C.dlpack_stream(newer, CUDA, 3) == 2003
     with pytest.raises(BufferError, match="exchange API is of DLPack 2, expected 1"):
         _C.dlpack_stream(exchange_api(lambda kind, ordinal: 7, major=2), CUDA, 3)
+    with pytest.raises(BufferError, match="tells no current stream of device 2:3, nor why"):
+        _C.dlpack_stream(exchange_api(lambda kind, ordinal: -1), CUDA, 3)
     with pytest.raises(ValueError, match="invalid PyCapsule"):
         _C.dlpack_stream(7, CUDA, 3)

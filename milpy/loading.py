@@ -16,17 +16,26 @@ from pathlib import Path
 from milpy import _C
 from milpy.checkpoint import Checkpoint, open_checkpoint
 from milpy.config import ModelConfig, eos_token_ids, read_generation_config, read_model_config
-from milpy.errors import ConfigError, RequestError
+from milpy.errors import ConfigError
 from milpy.hub import resolve_model
 from milpy.interrupt import HeldInterrupt
 from milpy.outputs import check_adapter_name
-from milpy.sampling import check_integer
+from milpy.scalars import MAX_UINT64, check_flag, check_integer, check_real, refuse
 from milpy.strict_json import show
 from milpy.tokenizer import TOKENIZER_FILE, Tokenizer
 from milpy.wheels import add_library_dirs
 
 POLL_SECONDS = 0.05
 PAGE_SIZES = (16, 32, 64, 128, 256)
+OPTIONAL_COUNTS = {
+    "max_model_len": (1, 1 << 24),
+    "max_num_seqs": (1, 1 << 20),
+    "max_num_batched_tokens": (1, 1 << 24),
+    "kv_cache_bytes": (1, 1 << 48),
+    "page_size": (PAGE_SIZES[0], PAGE_SIZES[-1]),
+    "n_threads": (1, 4096),
+}
+COUNTS = {"tensor_parallel_size": (1, 1024), "seed": (0, MAX_UINT64), **OPTIONAL_COUNTS}
 DEVICE_FILES = Path("/dev")  # NVIDIA's driver puts one for each GPU there
 
 _log = logging.getLogger("milpy")
@@ -56,50 +65,42 @@ class EngineOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", str(self.device)):
-            raise ConfigError(f"device is {show(self.device)}, expected auto, cpu, cuda or cuda:N")
+        """Check each, and keep numbers and flags as Python's own: the core takes no others."""
+        device: object = self.device
+        if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
+            refuse("device", device, "auto, cpu, cuda or cuda:N", ConfigError)
         if self.dtype not in ("auto", "bfloat16"):
             raise ConfigError(
                 f"dtype is {show(self.dtype)}, expected auto or bfloat16: computing in another "
                 "dtype is not built yet"
             )
         if self.load_format not in ("auto", "dummy"):
-            raise ConfigError(f"load_format is {show(self.load_format)}, expected auto or dummy")
-        check_integer("tensor_parallel_size", self.tensor_parallel_size, 1, 1024)
-        check_integer("seed", self.seed, 0, (1 << 64) - 1)
-        for name, high in (
-            ("max_model_len", 1 << 24),
-            ("max_num_seqs", 1 << 20),
-            ("max_num_batched_tokens", 1 << 24),
-            ("kv_cache_bytes", 1 << 48),
-            ("n_threads", 4096),
-        ):
+            refuse("load_format", self.load_format, "auto or dummy", ConfigError)
+        for name, (low, high) in COUNTS.items():
             value = getattr(self, name)
-            if value is not None:
-                check_integer(name, value, 1, high)
-        share: object = self.gpu_memory_utilization
-        if share is not None and not (
-            isinstance(share, int | float) and not isinstance(share, bool) and 0.0 < share <= 1.0
-        ):
-            raise ConfigError(
-                f"gpu_memory_utilization is {show(share)}, expected a number above 0 and up to 1"
-            )
-        for name in ("deterministic", "enforce_eager"):
-            flag: object = getattr(self, name)
-            if not isinstance(flag, bool):
-                raise ConfigError(f"{name} is {show(flag)}, expected True or False")
+            if value is not None or name not in OPTIONAL_COUNTS:
+                self._settle(name, check_integer(name, value, low, high))
+        if self.page_size is not None and self.page_size not in PAGE_SIZES:
+            refuse("page_size", self.page_size, f"one of {', '.join(map(str, PAGE_SIZES))}")
+        if self.gpu_memory_utilization is not None:
+            self._settle("gpu_memory_utilization", _share(self.gpu_memory_utilization))
+        for name in ("deterministic", "enforce_eager", "progress"):
+            self._settle(name, check_flag(name, getattr(self, name), ConfigError))
         if self.adapters is not None and not isinstance(self.adapters, Mapping):
-            raise RequestError(
-                f"adapters is {show(self.adapters)}, expected a dict of names and folders"
-            )
+            refuse("adapters", self.adapters, "a dict of names and folders")
         for name in self.adapters or {}:
             check_adapter_name(name)  # before the weights are read
-        if self.page_size is not None:
-            expected = ", ".join(map(str, PAGE_SIZES))
-            if type(self.page_size) is not int or self.page_size not in PAGE_SIZES:
-                raise RequestError(
-                    f"page_size is {show(self.page_size)}, expected one of {expected}"
-                )
+
+    def _settle(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _share(value: object) -> float:
+    name, expected = "gpu_memory_utilization", "a number above 0 and up to 1"
+    share = check_real(name, value, expected, ConfigError)
+    if not 0.0 < share <= 1.0:
+        refuse(name, value, expected, ConfigError)
+    return share
 
 
 @dataclass(frozen=True, slots=True)

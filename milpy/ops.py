@@ -25,9 +25,10 @@ share its workspace, so do not run them at the same time.
 
 Errors: `RequestError` (a ValueError) says what was found and what was expected: a dtype, a shape,
 arrays that are read-only where they are written, not contiguous, badly aligned or of two devices.
-`EngineError` and `OutOfMemoryError` tell what a device lacks. Indices in host arrays are checked.
-Those on a GPU are not, since that would wait: a bad one reaches nothing outside the arrays and no
-other row, as each op says.
+`EngineError` and `OutOfMemoryError` tell what a device lacks. Scalars are checked: any number of
+Python's or NumPy's will do, but no NaN or infinity, and True is no number nor 1 a flag. Indices,
+parameters and scales in host arrays are checked. Those on a GPU are not, since that would wait: a
+bad one reaches nothing outside the arrays and no other row, as each op says.
 
 Letters: T tokens, S sequences, H hidden size, F ffn width, V vocabulary, N query heads, K kv heads,
 D head size, P rows of a page, E adapters, R LoRA rank, G segments; in `linear` and `lora` N and K
@@ -39,6 +40,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -46,6 +48,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from milpy import _C, wheels
 from milpy.errors import RequestError
+from milpy.scalars import MAX_INT32, MAX_UINT64, check_flag, check_integer, check_real, refuse
 
 __all__ = [
     "Sampled",
@@ -73,6 +76,8 @@ Stream: TypeAlias = Any
 
 _DLPACK_CPU, _DLPACK_CUDA_HOST = 1, 3
 _NO_SYNC = -1  # to __dlpack__: the op runs on the producer's own stream, or the caller orders it
+_LEAST_FLOAT32 = float(np.finfo(np.float32).smallest_subnormal)
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 # ---- bfloat16 in NumPy ----
@@ -131,10 +136,11 @@ def _device_made_current(x: Array) -> AbstractContextManager[object]:
 def _stream_of(x: Array, device: tuple[int, int]) -> int | None:
     """The stream that x's library now works on, where its type tells it. Imports nothing."""
     api = getattr(type(x), "__dlpack_c_exchange_api__", None)
-    if api is not None:
-        return _C.dlpack_stream(api, *device)
+    told = None if api is None else _C.dlpack_stream(api, *device)
+    if told is not None:
+        return told
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and isinstance(x, torch.Tensor):  # one that has no such table
+    if torch is not None and isinstance(x, torch.Tensor):  # of an age that has no such table
         return int(torch.cuda.current_stream(x.device).cuda_stream)
     if cupy is not None and isinstance(x, cupy.ndarray):
         with x.device:
@@ -152,25 +158,30 @@ def _current_stream(arrays: Sequence[Array]) -> int:
     return 0
 
 
-def _handle(stream: Stream) -> int:
-    for name in ("cuda_stream", "ptr"):  # torch.cuda.Stream, cupy.cuda.Stream
-        if hasattr(stream, name):
-            return int(getattr(stream, name))
-    if hasattr(stream, "__cuda_stream__"):
-        return int(stream.__cuda_stream__()[1])
-    return int(stream)
+def _handle(op: str, stream: Stream) -> int:
+    # torch.cuda.Stream, cupy.cuda.Stream
+    handle: Any = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
+    if handle is stream and hasattr(stream, "__cuda_stream__"):
+        handle = stream.__cuda_stream__()[1]
+    # int() opens the handles of cuda.bindings; of a number it would cut a fraction off.
+    if hasattr(handle, "__int__") and not isinstance(handle, Real | np.generic | np.ndarray):
+        handle = int(handle)
+    return check_integer(f"{op}: stream", handle, 0, MAX_UINT64)
 
 
 def _run(
-    op: Callable[..., None],
+    op: str,
+    call: Callable[..., None],
     arrays: Sequence[Array],
     *rest: object,
     device: str | None,
     stream: Stream | None,
 ) -> None:
+    if device is not None and not isinstance(device, str):
+        refuse(f"{op}: device", device, '"cpu", "cuda" or "cuda:N"')
     wheels.add_library_dirs(_C.add_library_dir)
-    where = _current_stream(arrays) if stream is None else _handle(stream)
-    op(device, where, *map(_operand, arrays), *rest)
+    where = _current_stream(arrays) if stream is None else _handle(op, stream)
+    call(device, where, *map(_operand, arrays), *rest)
 
 
 def _sizes(op: str, name: str, x: Array, n_dims: int) -> tuple[int, ...]:
@@ -202,6 +213,17 @@ def _cached_like(x: Array) -> object:
     return np.float16 if x.dtype == np.float16 else _bfloat16_like(x)
 
 
+# ---- scalars ----
+
+
+def _float32(name: str, value: object, least: float, expected: str) -> float:
+    """A number from `least` on that is finite as the float32 that the core holds."""
+    number = check_real(name, value, expected)
+    if not least <= number <= _MOST_FLOAT32:
+        refuse(name, number, expected)
+    return number
+
+
 # ---- ops without a batch ----
 
 
@@ -218,13 +240,16 @@ def rms_norm(
     """out = x / sqrt(mean(x^2) + eps) * weight, rounded to bfloat16 once.
 
     x [T, H] float32, H at least 1; weight [H] float32; residual [T, H] bfloat16 (float32 too on the
-    CPU); eps, added to the mean of squares; out [T, H] bfloat16. With a residual, x += residual
-    comes first and is written to x, which must be writable then. RMSNorm: Zhang and Sennrich 2019,
-    in float32 as Hugging Face's LlamaRMSNorm. Device, stream, errors: see this module.
+    CPU); eps, finite and at least 0, added to the mean of squares (with 0, a row of zeros gives
+    NaN); out [T, H] bfloat16. With a residual, x += residual comes first and is written to x, which
+    must be writable then. RMSNorm: Zhang and Sennrich 2019, in float32 as Hugging Face's
+    LlamaRMSNorm. Device, stream, errors: see this module.
     """
+    eps = _float32("rms_norm: eps", eps, 0.0, "a finite float32 of at least 0")
     if out is None:
         out = _empty("rms_norm", x, _sizes("rms_norm", "x", x, 2), np.uint16)
-    _run(_C.op_rms_norm, [out, x, weight, residual], eps, device=device, stream=stream)
+    arrays = [out, x, weight, residual]
+    _run("rms_norm", _C.op_rms_norm, arrays, eps, device=device, stream=stream)
     return out
 
 
@@ -243,10 +268,12 @@ def silu_and_mul(
     quickest on a GPU, 16 on the CPU); other g, and rows of an odd length, are refused. SwiGLU:
     Shazeer 2020. Device, stream, errors: see this module.
     """
+    interleave = check_integer("silu_and_mul: interleave", interleave, 0, MAX_INT32)
     if out is None:
         T, width = _sizes("silu_and_mul", "gate_up", gate_up, 2)
         out = _empty("silu_and_mul", gate_up, (T, width // 2), _bfloat16_like(gate_up))
-    _run(_C.op_silu_and_mul, [out, gate_up], interleave, device=device, stream=stream)
+    arrays = [out, gate_up]
+    _run("silu_and_mul", _C.op_silu_and_mul, arrays, interleave, device=device, stream=stream)
     return out
 
 
@@ -268,10 +295,12 @@ def linear(
     the weight is packed anew in each call. The formula of torch.nn.Linear; docs/numerics.md has the
     order of its sums. Device, stream, errors: see this module.
     """
+    deterministic = check_flag("linear: deterministic", deterministic)
     if out is None:
         shape = _sizes("linear", "x", x, 2)[0], _sizes("linear", "weight", weight, 2)[0]
         out = _empty("linear", x, shape, np.float32)
-    _run(_C.op_linear, [out, x, weight, bias], deterministic, device=device, stream=stream)
+    arrays = [out, x, weight, bias]
+    _run("linear", _C.op_linear, arrays, deterministic, device=device, stream=stream)
     return out
 
 
@@ -294,7 +323,7 @@ def embedding(
             _sizes("embedding", "weight", weight, 2)[1],
         )
         out = _empty("embedding", tokens, shape, np.float32)
-    _run(_C.op_embedding, [out, tokens, weight], device=device, stream=stream)
+    _run("embedding", _C.op_embedding, [out, tokens, weight], device=device, stream=stream)
     return out
 
 
@@ -311,8 +340,18 @@ _SAMPLING = np.dtype(
 )
 
 
+# As the core's check of params, which sees those of a host alone.
+_LIMITS: dict[str, tuple[float, float, str]] = {
+    "temperature": (0, 1e30, "0 to 1e30"),
+    "top_k": (0, MAX_INT32, f"0 to {MAX_INT32}"),
+    "top_p": (_LEAST_FLOAT32, 1, "above 0 and up to 1"),
+    "n_logprobs": (-1, _C.MAX_LOGPROBS, f"-1 to {_C.MAX_LOGPROBS}"),
+    "seed": (0, MAX_UINT64, f"0 to {MAX_UINT64}"),
+}
+
+
 def _column(name: str, value: ArrayLike, n: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The value, or one for each row, that this type holds as it is."""
+    """The value, or one for each row, within its limits."""
     found = np.asarray(value)
     kinds = "iuf" if dtype.kind == "f" else "iu"
     if found.dtype.kind not in kinds or found.shape not in ((), (n,)):
@@ -321,12 +360,10 @@ def _column(name: str, value: ArrayLike, n: int, dtype: np.dtype[Any]) -> NDArra
         raise RequestError(
             f"sampling_params: {name} is {shown}, expected {what}, one or one for each of {n} rows"
         )
-    if dtype.kind != "f" and found.size > 0:
-        least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
-        low, high = int(found.min()), int(found.max())
-        if low < least or high > most:
-            bad = low if low < least else high
-            raise RequestError(f"sampling_params: {name} is {bad}, expected {least} to {most}")
+    low, high, expected = _LIMITS[name]
+    for number in (found.min().item(), found.max().item()) if found.size > 0 else ():
+        if not low <= number <= high:
+            refuse(f"sampling_params: {name}", number, expected)
     return found
 
 
@@ -341,10 +378,11 @@ def sampling_params(
 ) -> NDArray[np.int32]:
     """The parameters of n rows as `sample` reads them: [n, 6] int32, one value or one for each row.
 
-    temperature 0: greedy; top_k 0 and top_p 1: off; seed, any 64 bits. n_logprobs, for
-    `sample_logprobs`: -1 none, 0 the token's, up to 20 that many of the best tokens' as well. For a
-    GPU, copy the result there. They are checked by `sample`, where it can see them.
+    temperature 0 to 1e30, 0: greedy; top_k from 0 on, 0: off; top_p above 0 and up to 1, 1: off;
+    seed, any 64 bits. n_logprobs, for `sample_logprobs`: -1 none, 0 the token's, up to 20 that many
+    of the best tokens' as well. For a GPU, copy the result there: `sample` does not look at it.
     """
+    n = check_integer("sampling_params: n", n, 0, MAX_INT32)
     params = np.zeros(n, _SAMPLING)
     given = {
         "temperature": temperature,
@@ -372,14 +410,14 @@ def sample(
     logits [n, V] float32, kept; params [n, 6] int32, from `sampling_params`; positions [n] int32,
     the counter of each row's draw (the index of the token to choose, say), zeros where NumPy's are
     left out; out [n] int32, -1 for a row with a NaN or without a finite maximum. Greedy and ties:
-    the lowest id. A draw is a pure function of (seed, position) and of the logits. Params of a host
-    array must have temperature >= 0, top_k >= 0, 0 < top_p <= 1 and n_logprobs of -1 to 20; on a
-    GPU others choose some token. V is at most 524,288 on a GPU. Top-k: Fan et al. 2018; top-p:
-    Holtzman et al. 2020; docs/numerics.md has the definition. Device, stream, errors: see this
-    module.
+    the lowest id. A draw is a pure function of (seed, position) and of the logits. Params in a host
+    array must be such as `sampling_params` takes; on a GPU others choose some token. V is at most
+    524,288 on a GPU. Top-k: Fan et al. 2018; top-p: Holtzman et al. 2020; docs/numerics.md has the
+    definition. Device, stream, errors: see this module.
     """
     arrays = _sample_arrays("sample", logits, params, positions, out)
-    _run(_C.op_sample, [*arrays, None, None, None, None], device=device, stream=stream)
+    given = [*arrays, None, None, None, None]
+    _run("sample", _C.op_sample, given, device=device, stream=stream)
     return arrays[0]
 
 
@@ -457,7 +495,7 @@ def sample_logprobs(
         columns = _sizes(op, "top_tokens", top_tokens, 2)[1]
         top_logprobs = _empty(op, logits, (n, columns), np.float32, "top_logprobs")
     arrays += [logprobs, ranks, top_tokens, top_logprobs]
-    _run(_C.op_sample, arrays, device=device, stream=stream)
+    _run(op, _C.op_sample, arrays, device=device, stream=stream)
     return Sampled(arrays[0], logprobs, ranks, top_tokens, top_logprobs)
 
 
@@ -469,8 +507,17 @@ def rope_tables(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """cos and sin of plain RoPE, [n_positions, rotary_dim / 2] float32: of p * theta^(-2 i / dim).
 
-    Su et al. 2021; computed in float64. Other kinds (Llama 3's) differ in these tables alone.
+    rotary_dim is even and at least 2; theta, above 0, is in 1e-30..1e30 as in a model's config. Su
+    et al. 2021; computed in float64. Other kinds (Llama 3's) differ in these tables alone.
     """
+    op, expected = "rope_tables", "a number in 1e-30..1e30"
+    n_positions = check_integer(f"{op}: n_positions", n_positions, 0, MAX_INT32)
+    rotary_dim = check_integer(f"{op}: rotary_dim", rotary_dim, 2, MAX_INT32)
+    if rotary_dim % 2 != 0:
+        refuse(f"{op}: rotary_dim", rotary_dim, "an even number")
+    theta = check_real(f"{op}: theta", theta, expected)
+    if not 1e-30 <= theta <= 1e30:
+        refuse(f"{op}: theta", theta, expected)
     frequencies = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
     angles = np.arange(n_positions, dtype=np.float64)[:, None] * frequencies
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -495,10 +542,11 @@ def rope(
     2 i + 1) where interleaved. A position outside the tables is refused; on a GPU it counts as 0.
     RoPE: Su et al. 2021. Device, stream, errors: see this module.
     """
+    interleaved = check_flag("rope: interleaved", interleaved)
     if out is None:
         out = _empty("rope", x, _sizes("rope", "x", x, 3), _bfloat16_like(x))
     arrays = [out, x, positions, cos, sin]
-    _run(_C.op_rope, arrays, interleaved, device=device, stream=stream)
+    _run("rope", _C.op_rope, arrays, interleaved, device=device, stream=stream)
     return out
 
 
@@ -532,14 +580,16 @@ def rope_and_cache(
     0 .. T is that of the sequence before. Pages as in PagedAttention (Kwon et al. 2023). Device,
     stream, errors: see this module.
     """
+    op = "rope_and_cache"
+    interleaved = check_flag(f"{op}: interleaved", interleaved)
     if out is None:
-        T, width = _sizes("rope_and_cache", "qkv", qkv, 2)
-        _, K, _, D = _sizes("rope_and_cache", "k_cache", k_cache, 4)
+        T, width = _sizes(op, "qkv", qkv, 2)
+        _, K, _, D = _sizes(op, "k_cache", k_cache, 4)
         N = max(width // max(D, 1) - 2 * K, 0)
-        out = _empty("rope_and_cache", qkv, (T, N, D), _cached_like(k_cache))
+        out = _empty(op, qkv, (T, N, D), _cached_like(k_cache))
     arrays = [out, qkv, positions, cos, sin]
     arrays += [k_cache, v_cache, page_table, query_indptr, kv_lengths]
-    _run(_C.op_rope_and_cache, arrays, interleaved, device=device, stream=stream)
+    _run(op, _C.op_rope_and_cache, arrays, interleaved, device=device, stream=stream)
     return out
 
 
@@ -565,30 +615,45 @@ def attention(
 
     q [T, N, D], N a multiple of K; k_cache, v_cache, page_table, query_indptr and kv_lengths as in
     `rope_and_cache`; out [T, N, D]; q, the caches and out all bfloat16 or all float16. Query i of a
-    sequence's n sees keys below kv_length - n + i + 1, of those the last `window` (0: all). scale:
-    1 / sqrt(D) if None. softcap c > 0: scores become c tanh(score / c). Online softmax in float32
-    (Dao 2023, FlashAttention-2), grouped heads. On a GPU a bad page or length gives the rows of its
-    sequence some value, a bad start those of two. Device, stream, errors: see this module.
+    sequence's n sees keys below kv_length - n + i + 1, of those the last `window` (0: all). scale,
+    finite and above 0: 1 / sqrt(D) if None. softcap c, finite: 0 is off, above it scores become
+    c tanh(score / c). Online softmax in float32 (Dao 2023, FlashAttention-2), grouped heads. On a
+    GPU a bad page or length gives the rows of its sequence some value, a bad start those of two.
+    Device, stream, errors: see this module.
     """
-    if out is None:
-        out = _empty("attention", q, _sizes("attention", "q", q, 3), _cached_like(q))
+    op = "attention"
     if scale is None:
-        scale = float(max(_sizes("attention", "q", q, 3)[2], 1)) ** -0.5
+        scale = float(max(_sizes(op, "q", q, 3)[2], 1)) ** -0.5
+    scale = _float32(f"{op}: scale", scale, _LEAST_FLOAT32, "a finite float32 above 0")
+    window = check_integer(f"{op}: window", window, 0, MAX_INT32)
+    softcap = _softcap(softcap)
+    if out is None:
+        out = _empty(op, q, _sizes(op, "q", q, 3), _cached_like(q))
     arrays = [out, q, k_cache, v_cache, page_table, query_indptr, kv_lengths]
-    _run(_C.op_attention, arrays, scale, window, softcap, device=device, stream=stream)
+    _run(op, _C.op_attention, arrays, scale, window, softcap, device=device, stream=stream)
     return out
+
+
+def _softcap(value: object) -> float:
+    name, expected = "attention: softcap", "0, or a finite float32 above 0"
+    number = check_real(name, value, expected)
+    # What float32 would round to 0 is no wish to have it off.
+    return 0.0 if number == 0 else _float32(name, number, _LEAST_FLOAT32, expected)
 
 
 # ---- LoRA ----
 
 
 def _run_lora(
-    y: Array, x: Array, a: Array, v: Array, b: Array,
+    op: str, y: Array, x: Array, a: Array, v: Array, b: Array,
     segments: Sequence[Array], scale: Array | float, device: str | None, stream: Stream | None,
 ) -> None:  # fmt: skip
-    is_one = isinstance(scale, (int, float))
-    arrays = [y, x, a, v, b, *segments, None if is_one else scale]
-    _run(_C.op_lora, arrays, float(scale) if is_one else 1.0, device=device, stream=stream)
+    scales, factor = scale, 1.0
+    if not hasattr(scale, "__dlpack__") or getattr(scale, "shape", None) == ():
+        expected = "a finite float32, or an array of one for each adapter"
+        scales, factor = None, _float32(f"{op}: scale", scale, -_MOST_FLOAT32, expected)
+    arrays = [y, x, a, v, b, *segments, scales]
+    _run(op, _C.op_lora, arrays, factor, device=device, stream=stream)
 
 
 def lora(
@@ -609,12 +674,13 @@ def lora(
     y [T, N] bfloat16 (float32 too on the CPU), written; x [T, K] bfloat16; a [E, R, K] and b
     [E, N, R] bfloat16, E adapters of one rank R <= 512 (a multiple of 8 on a GPU; pad with zeros);
     rows [n] int32, distinct rows of T, n <= T; segment_indptr [G + 1] int32, from 0 to n, cuts rows
-    into segments; segment_adapter [G] int32, the adapter of each; scale: one, or [E] float32. On a
-    GPU a row or an adapter that is not there changes nothing. Hu et al. 2021; segments as in
-    Punica's SGMV (Chen et al. 2023). Device, stream, errors: see this module.
+    into segments; segment_adapter [G] int32, the adapter of each; scale: one, or [E] float32,
+    finite. On a GPU a row or an adapter that is not there changes nothing, and an array's scales
+    are not looked at. Hu et al. 2021; segments as in Punica's SGMV (Chen et al. 2023). Device,
+    stream, errors: see this module.
     """
     segments = [segment_indptr, segment_adapter, rows]
-    _run_lora(y, x, a, None, b, segments, scale, device, stream)
+    _run_lora("lora", y, x, a, None, b, segments, scale, device, stream)
     return y
 
 
@@ -640,7 +706,7 @@ def lora_shrink(
         n, R = _sizes("lora_shrink", "rows", rows, 1)[0], _sizes("lora_shrink", "a", a, 3)[1]
         out = _empty("lora_shrink", x, (n, R), np.float32)
     segments = [segment_indptr, segment_adapter, rows]
-    _run_lora(None, x, a, out, None, segments, scale, device, stream)
+    _run_lora("lora_shrink", None, x, a, out, None, segments, scale, device, stream)
     return out
 
 
@@ -663,5 +729,5 @@ def lora_expand(
     module.
     """
     segments = [segment_indptr, segment_adapter, rows]
-    _run_lora(y, None, None, v, b, segments, 1.0, device, stream)
+    _run_lora("lora_expand", y, None, None, v, b, segments, 1.0, device, stream)
     return y

@@ -1,19 +1,16 @@
 """How the next token is chosen and when an answer ends, by vLLM's names.
 
-Each value is checked here, once, with found and expected in the message; tests read `not low <= x`
-rather than `x < low`, so that NaN passes none of them. A parameter that milpy does not honour yet
-is refused by name: it is never taken and ignored.
+Each value is checked here, once, with found and expected in the message. A parameter that milpy
+does not honour yet is refused by name: it is never taken and ignored.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Real
-from typing import NoReturn
 
 from milpy.errors import RequestError
+from milpy.scalars import MAX_INT32, MAX_UINT64, check_flag, check_integer, check_real, refuse
 from milpy.strict_json import show
 
 MAX_LOGPROBS = 20
@@ -21,7 +18,6 @@ MAX_STOPS = 64
 MAX_STOP_BYTES = 1024
 MIN_TEMPERATURE = 1e-6  # below it logits / temperature may leave fp32
 MAX_TEMPERATURE = 100.0
-MAX_INT32 = (1 << 31) - 1
 
 # vLLM's parameters that come with the scheduler issue or later.
 NOT_BUILT = frozenset(
@@ -86,10 +82,10 @@ class SamplingParams:
             "temperature": _temperature(temperature),
             "top_k": max(check_integer("top_k", top_k, -1, MAX_INT32), 0),
             "top_p": _top_p(top_p),
-            "seed": _optional("seed", seed, 0, (1 << 64) - 1),
+            "seed": _optional("seed", seed, 0, MAX_UINT64),
             "stop": _stop_strings(stop),
             "stop_token_ids": _stop_token_ids(stop_token_ids),
-            "ignore_eos": _flag("ignore_eos", ignore_eos),
+            "ignore_eos": check_flag("ignore_eos", ignore_eos),
             "max_tokens": (
                 None
                 if max_tokens is None
@@ -98,8 +94,8 @@ class SamplingParams:
             "logprobs": (
                 None if logprobs is None else check_integer("logprobs", logprobs, 0, MAX_LOGPROBS)
             ),
-            "skip_special_tokens": _flag("skip_special_tokens", skip_special_tokens),
-            "include_stop_str_in_output": _flag(
+            "skip_special_tokens": check_flag("skip_special_tokens", skip_special_tokens),
+            "include_stop_str_in_output": check_flag(
                 "include_stop_str_in_output", include_stop_str_in_output
             ),
         }
@@ -107,55 +103,25 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
 
-def _fail(name: str, value: object, expected: str) -> NoReturn:
-    raise RequestError(f"{name} is {show(value)}, expected {expected}")
-
-
-def check_integer(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int where it is one in low..high; True and 4.0 are not."""
-    expected = f"an integer in {low}..{high}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        _fail(name, value, expected)
-    number = operator.index(value)
-    if not low <= number <= high:
-        _fail(name, number, expected)
-    return number
-
-
 def _optional(name: str, value: object, low: int, high: int) -> int | None:
     return None if value is None else check_integer(name, value, low, high)
 
 
-def _real(name: str, value: object, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        _fail(name, value, expected)
-    try:
-        return float(value)
-    except OverflowError:
-        _fail(name, value, expected)
-
-
 def _temperature(value: object) -> float:
     expected = f"0 or a number in {MIN_TEMPERATURE:g}..{MAX_TEMPERATURE:g}"
-    number = _real("temperature", value, expected)
+    number = check_real("temperature", value, expected)
     if number != 0 and not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
-        _fail("temperature", number, expected)
+        refuse("temperature", number, expected)
     return number
 
 
 def _top_p(value: object) -> float:
     expected = "a number above 0 and at most 1"
-    number = _real("top_p", value, expected)
+    number = check_real("top_p", value, expected)
     # The core holds it in fp32, where a smaller number would be zero.
     if not 1e-37 < number <= 1:
-        _fail("top_p", number, expected)
+        refuse("top_p", number, expected)
     return number
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        _fail(name, value, "True or False")
-    return value
 
 
 def _stop_strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -164,16 +130,16 @@ def _stop_strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
         return ()
     stops = (value,) if isinstance(value, str) else value
     if not isinstance(stops, Iterable):
-        _fail("stop", value, expected)
+        refuse("stop", value, expected)
     found = tuple(stops)
     if len(found) > MAX_STOPS:
-        _fail("stop", f"{len(found)} strings", expected)
+        refuse("stop", f"{len(found)} strings", expected)
     for text in found:
         if not isinstance(text, str) or not text:
-            _fail("stop", text, expected)
+            refuse("stop", text, expected)
         # surrogatepass: such a string matches no decoded text, and is no error of size.
         if len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
-            _fail("stop", text, expected)
+            refuse("stop", text, expected)
     return tuple(dict.fromkeys(found))
 
 
@@ -182,8 +148,8 @@ def _stop_token_ids(value: Iterable[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        _fail("stop_token_ids", value, expected)
+        refuse("stop_token_ids", value, expected)
     tokens = tuple(check_integer("stop_token_ids", token, 0, MAX_INT32) for token in value)
     if len(tokens) > MAX_STOPS:
-        _fail("stop_token_ids", f"{len(tokens)} ids", expected)
+        refuse("stop_token_ids", f"{len(tokens)} ids", expected)
     return tuple(dict.fromkeys(tokens))

@@ -40,7 +40,10 @@ def show(value: object, limit: int = 80) -> str:
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
-        text = ascii(value)
+        try:
+            text = ascii(value)
+        except Exception:  # an int of thousands of digits, or a __repr__ that fails: the caller's
+            text = f"of type {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -96,6 +96,13 @@ static mil_status check_devices(const mil_op_call *call)
     return MIL_OK;
 }
 
+bool mil_op_can_look(mil_op_call *call)
+{
+    if (call->status == MIL_OK)
+        call->status = check_devices(call);
+    return call->status == MIL_OK && !call->operands[0].is_cuda;
+}
+
 /* What an op writes is memory of its own. */
 static mil_status check_overlaps(const mil_op_call *call)
 {

@@ -54,6 +54,9 @@ void mil_op_expect_product(mil_op_call *call, const mil_operand *operand, int32_
 void mil_op_expect_in(mil_op_call *call, const char *name, int64_t value, int64_t least,
                       int64_t most);
 int32_t mil_op_size(const mil_operand *operand, int32_t dim); /* 0 where there is none */
+/* Whether what is in the arrays may be looked at: nothing has failed, and all that were taken lie
+ * on the host. Arrays of several devices are a failure. */
+bool mil_op_can_look(mil_op_call *call);
 
 #define MIL_SHAPE(...)                                                                             \
     (int32_t)(sizeof((int32_t[]){__VA_ARGS__}) / sizeof(int32_t)), (int32_t[])                     \

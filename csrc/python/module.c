@@ -58,7 +58,7 @@ static PyMethodDef methods[] = {
      "One more directory to find NVIDIA's libraries in, before a model is made."},
     {"dlpack_stream", mil_py_dlpack_stream, METH_VARARGS,
      "dlpack_stream(exchange_api, device_type, device_id): the stream that a producer now works\n"
-     "on, as an int, by its type's __dlpack_c_exchange_api__."},
+     "on, as an int, by its type's __dlpack_c_exchange_api__; None where that does not tell."},
     OP(rms_norm, "out, x, weight, residual, eps"),
     OP(silu_and_mul, "out, gate_up, interleave"),
     OP(linear, "out, x, weight, bias, deterministic"),

@@ -11,10 +11,12 @@ PyObject *mil_py_dlpack_stream(PyObject *module, PyObject *args)
     int device_type, device_id;
     void *stream = NULL;
     (void)module;
-    if (!PyArg_ParseTuple(args, "Oii:dlpack_stream", &exchange_api, &device_type, &device_id) ||
-        mil_dlpack_stream(&stream, exchange_api, device_type, device_id) != 0)
+    if (!PyArg_ParseTuple(args, "Oii:dlpack_stream", &exchange_api, &device_type, &device_id))
         return NULL;
-    return PyLong_FromVoidPtr(stream);
+    int found = mil_dlpack_stream(&stream, exchange_api, device_type, device_id);
+    if (found == 0)
+        Py_RETURN_NONE;
+    return found < 0 ? NULL : PyLong_FromVoidPtr(stream);
 }
 
 /* ---- rms_norm ---- */
@@ -244,7 +246,7 @@ static void check_params(mil_op_call *call, const mil_operand *params)
             sampling[i].top_k < 0 || !(sampling[i].top_p > 0.0f && sampling[i].top_p <= 1.0f))
             call->status = mil_fail(MIL_ERR_ARGUMENT,
                                     "%s: row %d of params has temperature %g, top_k %d and top_p "
-                                    "%g, expected a finite one >= 0, one >= 0, one in (0, 1]",
+                                    "%g, expected one in [0, 1e30], one >= 0, one in (0, 1]",
                                     call->op, i, (double)sampling[i].temperature, sampling[i].top_k,
                                     (double)sampling[i].top_p);
 }
@@ -351,7 +353,7 @@ PyObject *mil_py_op_sample(PyObject *module, PyObject *args)
     mil_op_expect(&call, o.out, MIL_DTYPE_I32, MIL_SHAPE(n));
     if (has_logprobs)
         take_logprobs(&call, &o, more, n);
-    if (call.status == MIL_OK && !o.params->is_cuda)
+    if (mil_op_can_look(&call))
         check_params(&call, o.params);
     return mil_op_run(&call, run_sample, &o);
 }

@@ -4,7 +4,7 @@
 
 #include "python/state.h"
 
-/* dlpack_stream(exchange_api, device_type, device_id) -> handle */
+/* dlpack_stream(exchange_api, device_type, device_id) -> handle, or None */
 PyObject *mil_py_dlpack_stream(PyObject *module, PyObject *args);
 
 PyObject *mil_py_op_rms_norm(PyObject *module, PyObject *args);

@@ -93,7 +93,7 @@ static void expect_batch(mil_op_call *call, const batch_operands *o)
     mil_op_expect(call, o->page_table, MIL_DTYPE_I32, MIL_SHAPE(S, MIL_ANY));
     mil_op_expect_in(call, "page_table's columns", mil_op_size(o->page_table, 1), o->n_tokens > 0,
                      INT32_MAX);
-    if (call->status != MIL_OK || o->kv_lengths->is_cuda)
+    if (!mil_op_can_look(call))
         return;
     check_lengths(call, o);
     check_pages(call, o);
@@ -298,7 +298,7 @@ static void expect_angles(mil_op_call *call, rope_operands *o)
     mil_op_expect_in(call, "cos' rows", n, mil_op_size(o->in, 0) > 0, INT32_MAX);
     o->batch.n_positions = n;
     mil_op_expect(call, o->batch.positions, MIL_DTYPE_I32, MIL_SHAPE(mil_op_size(o->in, 0)));
-    if (call->status != MIL_OK || o->batch.positions->is_cuda)
+    if (!mil_op_can_look(call))
         return;
     const int32_t *positions = (const int32_t *)o->batch.positions->data;
     for (int32_t t = 0; t < o->in->shape[0] && call->status == MIL_OK; t++)

@@ -3,6 +3,8 @@
 
 #include "python/call.h"
 
+#include <math.h>
+
 #define MAX_RANK 512
 
 enum { LORA_SHRINK = 1, LORA_EXPAND = 2, LORA_BOTH = 3 };
@@ -30,6 +32,16 @@ static void check_segments(mil_op_call *call, const lora_operands *o)
     mil_op_expect_in(call, "the last entry of segment_indptr", indptr[G], o->n_rows, o->n_rows);
     for (int32_t i = 0; i < o->n_rows && call->status == MIL_OK; i++)
         mil_op_expect_in(call, "an entry of rows", rows[i], 0, (int64_t)o->n_tokens - 1);
+}
+
+static void check_scales(mil_op_call *call, const mil_operand *scales)
+{
+    for (int32_t i = 0; scales != NULL && i < scales->shape[0] && call->status == MIL_OK; i++) {
+        double scale = (double)((const float *)scales->data)[i];
+        if (!isfinite(scale))
+            call->status = mil_fail(MIL_ERR_ARGUMENT, "%s: scale[%d] is %g, expected a finite one",
+                                    call->op, i, scale);
+    }
 }
 
 /* All adapters of a stacked operand as the backend wants them; *step_bytes from one to the next. */
@@ -206,8 +218,10 @@ static void expect_lora(mil_op_call *call, lora_operands *o)
     mil_op_expect_in(call, "the number of rows", o->n_rows, 0, o->n_tokens);
     mil_op_expect(call, o->v, MIL_DTYPE_F32, MIL_SHAPE(o->n_rows, o->rank));
     mil_op_expect(call, o->scales, MIL_DTYPE_F32, MIL_SHAPE(o->n_adapters));
-    if (call->status == MIL_OK && !o->rows->is_cuda)
+    if (mil_op_can_look(call)) {
         check_segments(call, o);
+        check_scales(call, o->scales);
+    }
 }
 
 PyObject *mil_py_op_lora(PyObject *module, PyObject *args)

@@ -40,11 +40,13 @@ typedef struct dl_versioned {
     dl_tensor tensor;
 } dl_versioned;
 
-/* What a producer's type offers to C code. */
+/* What a producer's type offers to C code. Of another major version only the first two lines are
+ * as here; a minor one adds meanings, and moves nothing. */
 typedef struct dl_exchange {
     uint32_t major, minor;
     const struct dl_exchange *older; /* of an earlier major version, or NULL */
-    void (*conversions[4])(void);
+    void (*conversions[4])(void);    /* not used here; the last may be NULL */
+    /* 0, or -1 with a Python exception. Not NULL, says DLPack; NULL is taken to tell nothing. */
     int (*current_work_stream)(int32_t device_type, int32_t device_id, void **out);
 } dl_exchange;
 
@@ -263,7 +265,15 @@ int mil_dlpack_stream(void **out, PyObject *exchange_api, int32_t device_type, i
                      newest, DL_MAJOR);
         return -1;
     }
-    return api->current_work_stream(device_type, device_id, out);
+    if (api->current_work_stream == NULL)
+        return 0;
+    if (api->current_work_stream(device_type, device_id, out) == 0)
+        return 1;
+    if (!PyErr_Occurred())
+        PyErr_Format(PyExc_BufferError,
+                     "the producer's exchange API tells no current stream of device %d:%d, nor why",
+                     device_type, device_id);
+    return -1;
 }
 
 /* ---- what an op wants of it ---- */

@@ -43,7 +43,8 @@ void mil_operand_describe(char text[MIL_OPERAND_TEXT], mil_dtype dtype, int32_t 
                           const int32_t *shape);
 
 /* The stream that a producer now works on, by its type's table for DLPack (the capsule
- * __dlpack_c_exchange_api__, DLPack 1.3); needs the GIL. 0, or -1 with a Python exception. */
+ * __dlpack_c_exchange_api__, DLPack 1.3); needs the GIL. 1; 0 where the table has no function that
+ * tells it; -1 with a Python exception. */
 int mil_dlpack_stream(void **out, PyObject *exchange_api, int32_t device_type, int32_t device_id);
 
 /* Replace the data of a host operand by a copy of its own. */

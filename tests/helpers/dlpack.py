@@ -114,12 +114,14 @@ class OldProducer(Producer):
 
 
 def exchange_api(
-    current_stream: Callable[[int, int], int], *, major: int = 1, older: Any = None
+    current_stream: Callable[[int, int], int] | None, *, major: int = 1, older: Any = None
 ) -> Any:
     """The capsule that a producer's type shows as __dlpack_c_exchange_api__, for its streams only.
-    current_stream: of (device type, number), -1 for a failure. Lives with the process."""
+    current_stream: of (device type, number), -1 for a failure that sets no exception; None for
+    NULL, as all other functions are. Lives with the process."""
 
     def answer(device_type: int, device_id: int, out: Any) -> int:
+        assert current_stream is not None
         stream = current_stream(device_type, device_id)
         out[0] = max(stream, 0)
         return 0 if stream >= 0 else -1
@@ -131,7 +133,8 @@ def exchange_api(
         get.restype, get.argtypes = ct.c_void_p, [ct.py_object, ct.c_char_p]
         address = get(older, b"dlpack_exchange_api")
     api = _Exchange(major, 0, address)
-    api.current_work_stream = ct.cast(function, ct.c_void_p)
+    if current_stream is not None:
+        api.current_work_stream = ct.cast(function, ct.c_void_p)
     _KEPT.extend([function, api])
     return _capsule(ct.addressof(api), b"dlpack_exchange_api")
 

@@ -116,8 +116,10 @@ def test_logprobs_of_numpy_arrays_come_from_the_gpu() -> None:
     got = ops.sample_logprobs(logits, params, device="cuda")
     assert got.tokens.tolist() == ops.sample(logits, params, device="cuda").tolist()
     logprobs.check(logits, logprobs.ASKED, list(got))
+    params = ops.sampling_params(2)
+    params[1, 3] = 21  # n_logprobs: a host's are looked at before they are copied
     with pytest.raises(RequestError, match="row 1 of params has n_logprobs 21, expected -1 to 20"):
-        ops.sample(logits[:2], ops.sampling_params(2, n_logprobs=[0, 21]), device="cuda")
+        ops.sample(logits[:2], params, device="cuda")
 
 
 # ---- refusals ----

@@ -28,6 +28,19 @@ from milpy.errors import (
     TokenizerError,
 )
 
+NAN, INF = float("nan"), float("inf")
+
+
+class Named:
+    """As torch.device, whose text is a device's name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
 GREEDY = SamplingParams(temperature=0, max_tokens=6, logprobs=1, ignore_eos=True)
 
 
@@ -110,6 +123,14 @@ def test_a_spoilt_model_is_named_and_nothing_is_held(
         ({"dtype": "float16"}, ConfigError, 'dtype is "float16", expected .*not built yet'),
         ({"dtype": "float32"}, ConfigError, 'dtype is "float32", expected .*not built yet'),
         ({"load_format": "pt"}, ConfigError, 'load_format is "pt", expected auto or dummy'),
+        ({"device": 0}, ConfigError, "device is 0, expected auto, cpu, cuda or cuda:N"),
+        ({"device": Named("cpu")}, ConfigError, "device is cpu, expected auto, cpu, cuda or cuda"),
+        (
+            {"device": "cuda:\u0663"},
+            ConfigError,
+            "device is .*, expected auto, cpu, cuda or cuda:N",
+        ),
+        ({"tensor_parallel_size": None}, RequestError, "tensor_parallel_size is null, expected"),
         ({"tensor_parallel_size": 0}, RequestError, "tensor_parallel_size is 0, expected"),
         ({"tensor_parallel_size": 3}, MilpyError, "3"),
         ({"max_model_len": 4097}, ConfigError, "context length is 4097, expected 1..4096"),
@@ -125,6 +146,15 @@ def test_a_spoilt_model_is_named_and_nothing_is_held(
         ({"tokenizer": "/nowhere"}, HubError, "/nowhere: no such folder"),
         ({"gpu_memory_utilization": 0}, ConfigError, "gpu_memory_utilization is 0, expected"),
         ({"gpu_memory_utilization": "all"}, ConfigError, 'is "all", expected a number'),
+        ({"gpu_memory_utilization": NAN}, ConfigError, "is NaN, expected a number above 0"),
+        ({"gpu_memory_utilization": INF}, ConfigError, "is Infinity, expected a number above 0"),
+        ({"gpu_memory_utilization": np.float32(NAN)}, ConfigError, r"is .*nan.*, expected"),
+        ({"gpu_memory_utilization": -0.5}, ConfigError, "is -0.5, expected a number above 0"),
+        ({"gpu_memory_utilization": 1.01}, ConfigError, "is 1.01, expected .* up to 1"),
+        ({"gpu_memory_utilization": True}, ConfigError, "is true, expected a number above 0"),
+        ({"gpu_memory_utilization": 10**400}, ConfigError, "expected a number above 0"),
+        ({"progress": "no"}, ConfigError, 'progress is "no", expected True or False'),
+        ({"deterministic": 0}, ConfigError, "deterministic is 0, expected True or False"),
         ({"enforce_eager": 1}, ConfigError, "enforce_eager is 1, expected True or False"),
         ({"adapters": ["a"]}, RequestError, r'adapters is \["a"\], expected a dict'),
         ({"adapters": {"a b": "x"}}, RequestError, 'adapter name is "a b", expected'),
@@ -136,8 +166,34 @@ def test_an_option_out_of_range_is_named_and_nothing_is_held(
 ) -> None:
     before = _C.memory_held()
     with pytest.raises(error, match=message):
-        LLM(model, progress=False, **options)
+        LLM(model, **{"progress": False, **options})
     assert _C.memory_held() <= before
+
+
+@pytest.mark.parametrize(
+    "name",
+    """tensor_parallel_size seed max_model_len max_num_seqs max_num_batched_tokens kv_cache_bytes
+    page_size n_threads""".split(),
+)
+def test_a_count_is_an_integer_in_its_range(model: Path, name: str) -> None:
+    values = [-1, 2**70, 10**5000, 16.0, NAN, INF, True, np.True_, np.float32(16), "16", [16]]
+    for value in [*values, np.array([16]), np.int64(-1)]:
+        with pytest.raises(RequestError, match=f"^{name} is .*, expected an integer in"):
+            LLM(model, progress=False, **{name: value})
+
+
+def test_options_may_be_numpys_scalars(model: Path) -> None:
+    counts = {
+        "tensor_parallel_size": 1, "seed": 2**64 - 1, "max_model_len": 64, "max_num_seqs": 2,
+        "max_num_batched_tokens": 32, "kv_cache_bytes": 1 << 20, "page_size": 16, "n_threads": 1,
+    }  # fmt: skip
+    others: dict[str, Any] = {name: np.uint64(value) for name, value in counts.items()}
+    others |= {name: np.False_ for name in ("deterministic", "enforce_eager", "progress")}
+    others |= {"gpu_memory_utilization": np.float32(0.5), "load_format": "dummy", "device": "cpu"}
+    with LLM(model, **others) as llm:
+        stats = llm.stats()
+    found = {name: stats[name] for name in counts if name in stats}
+    assert found == {name: counts[name] for name in found} and len(found) == 5
 
 
 def test_no_such_model_is_named() -> None:

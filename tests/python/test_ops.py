@@ -251,16 +251,50 @@ def test_an_out_that_overlaps_an_input_is_refused() -> None:
     [
         ("n_logprobs", 2.7, "n_logprobs is float64 of shape \\(\\), expected integers"),
         ("top_k", [1, 2], "top_k is int64 of shape \\(2,\\), expected integers, .* each of 3 rows"),
-        ("top_k", 2**40, "top_k is 1099511627776, expected -2147483648 to 2147483647"),
+        ("top_k", 2**40, "top_k is 1099511627776, expected 0 to 2147483647"),
+        ("top_k", [0, 1, -1], "top_k is -1, expected 0 to 2147483647"),
+        ("top_k", True, "top_k is bool of shape"),
+        ("n_logprobs", [20, 21, -1], "n_logprobs is 21, expected -1 to 20"),
+        ("n_logprobs", np.int8(-2), "n_logprobs is -2, expected -1 to 20"),
         ("seed", -1, "seed is -1, expected 0 to 18446744073709551615"),
         ("seed", 2**64, "seed is object of shape"),
         ("temperature", None, "temperature is object of shape .*, expected numbers"),
+        ("temperature", np.nan, "temperature is NaN, expected 0 to 1e30"),
+        ("temperature", [1, np.nan, 2], "temperature is NaN, expected 0 to 1e30"),
+        ("temperature", np.float32(np.inf), "temperature is Infinity, expected 0 to 1e30"),
+        ("temperature", -0.5, "temperature is -0.5, expected 0 to 1e30"),
+        ("temperature", 1e300, "temperature is 1e\\+300, expected 0 to 1e30"),
+        ("temperature", True, "temperature is bool of shape"),
         ("top_p", "0.5", "top_p is <U3 of shape"),
+        ("top_p", 0, "top_p is 0, expected above 0 and up to 1"),
+        ("top_p", 1e-60, "top_p is 1e-60, expected above 0 and up to 1"),
+        ("top_p", [0.5, 1.5, 1], "top_p is 1.5, expected above 0 and up to 1"),
+        ("top_p", np.nan, "top_p is NaN, expected above 0 and up to 1"),
     ],
 )
 def test_parameters_that_no_row_can_hold_are_refused(name: str, value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=f"sampling_params: {message}"):
         ops.sampling_params(3, **{name: value})
+
+
+@pytest.mark.parametrize("n", [-1, 2.0, True, "3", 2**40])
+def test_a_number_of_rows_is_an_integer_from_0_on(n: Any) -> None:
+    with pytest.raises(RequestError, match="sampling_params: n is .*, expected an integer in 0"):
+        ops.sampling_params(n)
+
+
+def test_parameters_reach_their_limits() -> None:
+    given = {"temperature": [0, 1e30], "top_k": [0, 2**31 - 1], "top_p": [1e-37, 1]}
+    counts = {"seed": np.uint64(2**64 - 1), "n_logprobs": np.array([-1, 20], np.int8)}
+    params = ops.sampling_params(np.int64(2), **given, **counts)
+    assert ops.sample(np.eye(2, 9, dtype=F32), params).tolist()[0] == 0
+
+
+def params_with(column: int, value: int) -> Array:
+    """Of two rows, the second with these bits: as they come when sampling_params made none."""
+    params = ops.sampling_params(2)
+    params[1, column] = value
+    return params
 
 
 def test_logprobs_have_the_columns_of_the_one_array_that_is_given() -> None:
@@ -277,20 +311,22 @@ def test_logprobs_have_the_columns_of_the_one_array_that_is_given() -> None:
             "gate_up has 7 columns, expected an even",
         ),
         (lambda: ops.silu_and_mul(np.ones((2, 8), BITS), 3), "interleave is 3, expected a divisor"),
-        (lambda: ops.silu_and_mul(np.ones((2, 8), BITS), -1), "interleave is -1, expected 0 to 4"),
+        (
+            lambda: ops.silu_and_mul(np.ones((2, 8), BITS), -1),
+            "interleave is -1, expected an integer",
+        ),
+        (lambda: ops.silu_and_mul(np.ones((2, 8), BITS), 5), "interleave is 5, expected 0 to 4"),
         (lambda: ops.linear(np.ones((2, 4), BITS), np.ones((3, 5), BITS)), r"\[3, 5\], expected"),
         (lambda: ops.linear(np.ones((2, 4), F32), np.ones((3, 4), BITS)), "x is float32"),
         (lambda: ops.linear(np.ones(4, BITS), np.ones((3, 4), BITS)), "x has shape"),
         (lambda: ops.embedding(np.ones(3, np.int64), np.ones((3, 4), BITS)), "tokens is .*int64"),
         (
-            lambda: ops.sample(np.ones((2, 9), F32), ops.sampling_params(2, n_logprobs=[20, 21])),
+            lambda: ops.sample(np.ones((2, 9), F32), params_with(3, 21)),
             "row 1 of params has n_logprobs 21, expected -1 to 20",
         ),
         (
-            lambda: ops.sample_logprobs(
-                np.ones((2, 9), F32), ops.sampling_params(2, n_logprobs=-2)
-            ),
-            "row 0 of params has n_logprobs -2, expected -1 to 20",
+            lambda: ops.sample_logprobs(np.ones((2, 9), F32), params_with(3, -2)),
+            "row 1 of params has n_logprobs -2, expected -1 to 20",
         ),
         (
             lambda: ops.sample_logprobs(
@@ -314,8 +350,8 @@ def test_logprobs_have_the_columns_of_the_one_array_that_is_given() -> None:
             "ranks is float32 .*, expected int32",
         ),
         (
-            lambda: ops.sample(np.ones((2, 9), F32), ops.sampling_params(2, top_p=0.0)),
-            "row 0 of params has temperature 0, top_k 0 and top_p 0, expected",
+            lambda: ops.sample(np.ones((2, 9), F32), params_with(2, 0)),
+            "row 1 of params has temperature 0, top_k 0 and top_p 0, expected",
         ),
         (
             lambda: ops.sample(np.ones((2, 9), F32), ops.sampling_params(3)),
@@ -477,7 +513,6 @@ def int32(*values: int) -> Array:
         ({"page_table": int32(0, -1, 2, 3).reshape(2, 2)}, "a page in use is -1, expected 0 to 3"),
         ({"q": np.zeros((3, 2, 24), BITS)}, r"q is bfloat16 \[3, 2, 24\], expected .*, 32\]"),
         ({"v_cache": np.zeros((4, 1, 16, 24), BITS)}, "v_cache is bfloat16"),
-        ({"window": -1}, "window is -1, expected 0 to"),
         ({"page_table": np.zeros((2, 0), np.int32)}, "page_table's columns is 0, expected 1 to"),
         (
             {
@@ -541,6 +576,9 @@ def test_lora(rng: np.random.Generator, T: int, K: int, N: int, R: int, kind: st
         ({"rows": int32(0, 4)}, "an entry of rows is 4, expected 0 to 3"),
         ({"b": np.zeros((2, 6, 8), BITS)}, r"b is bfloat16 \[2, 6, 8\], expected .* \[2, 5, 8\]"),
         ({"scale": np.ones(3, np.float32)}, r"scale is float32 \[3\], expected float32 \[2\]"),
+        ({"scale": np.ones(2)}, "scale is .*float64.*, expected float32"),
+        ({"scale": np.array([1, np.nan], F32)}, r"scale\[1\] is nan, expected a finite one"),
+        ({"scale": np.array([-np.inf, 1], F32)}, r"scale\[0\] is -inf, expected a finite one"),
     ],
 )
 def test_what_lora_refuses(changed: dict[str, Any], message: str) -> None:
@@ -556,6 +594,164 @@ def test_what_lora_refuses(changed: dict[str, Any], message: str) -> None:
     ops.lora(**arrays)
     with pytest.raises(RequestError, match=message):
         ops.lora(**{**arrays, **changed})
+
+
+# ---- scalars ----
+
+
+def norm_with(eps: Any, **rest: Any) -> Array:
+    x = np.linspace(-2, 3, 32, dtype=F32).reshape(2, 16)
+    return ops.rms_norm(x, np.ones(16, F32), eps, **rest)
+
+
+def silu_with(interleave: Any) -> Array:
+    return ops.silu_and_mul(bfloat16(np.linspace(-2, 3, 64).reshape(2, 32)), interleave)
+
+
+def linear_with(deterministic: Any) -> Array:
+    return ops.linear(np.ones((2, 8), BITS), np.ones((3, 8), BITS), deterministic=deterministic)
+
+
+def attention_with(**scalars: Any) -> Array:
+    rng = np.random.default_rng(3)
+    k_cache, v_cache = (bfloat16(normal(rng, 2, 1, 16, 32)) for _ in range(2))
+    q, pages = bfloat16(normal(rng, 1, 2, 32)), np.array([[1, 0]], np.int32)
+    return ops.attention(q, k_cache, v_cache, pages, int32(0, 1), int32(20), **scalars)
+
+
+def rope_with(interleaved: Any) -> Array:
+    x = bfloat16(np.linspace(-2, 3, 32).reshape(2, 1, 16))
+    return ops.rope(x, int32(3, 1), *ops.rope_tables(4, 16), interleaved=interleaved)
+
+
+def cache_with(interleaved: Any) -> Array:
+    caches = [np.zeros((2, 1, 16, 32), BITS) for _ in range(2)]
+    qkv, pages = bfloat16(np.linspace(-2, 3, 128).reshape(1, 128)), np.array([[1, 0]], np.int32)
+    where = [*caches, pages, int32(0, 1), int32(20)]
+    angles = [int32(19), *ops.rope_tables(20, 32)]
+    return ops.rope_and_cache(qkv, *angles, *where, interleaved=interleaved)
+
+
+def lora_with(scale: Any) -> Array:
+    a, b = bfloat16(np.ones((2, 8, 16))), bfloat16(np.ones((2, 5, 8)))
+    y, x = np.zeros((1, 5), BITS), bfloat16(np.ones((1, 16)))
+    return ops.lora(y, x, a, b, int32(0, 1), int32(1), int32(0), scale)
+
+
+def shrink_with(scale: Any) -> Array:
+    x, a = bfloat16(np.ones((1, 16))), bfloat16(np.ones((2, 8, 16)))
+    return ops.lora_shrink(x, a, int32(0, 1), int32(1), int32(0), scale)
+
+
+NAN, INF = float("nan"), float("inf")
+NO_NUMBERS = [NAN, INF, -INF, np.float32(NAN), np.float64(INF), True, np.True_, "1", 1e39, 10**400]
+NO_NUMBERS += [[1.0], 1j, np.complex64(1)]
+NO_FLAGS = [0, 1, 1.0, "no", None, np.int8(1)]
+NO_COUNTS = [-1, 2**31, 2**70, 8.0, NAN, True, np.True_, "8", None, np.float32(8), np.int64(-1)]
+FINITE, POSITIVE = "a finite float32", "a finite float32 above 0"
+
+
+@pytest.mark.parametrize(
+    ("call", "op", "name", "expected", "values"),
+    [
+        (norm_with, "rms_norm", "eps", f"{FINITE} of at least 0", [*NO_NUMBERS, -1e-9, None]),
+        (silu_with, "silu_and_mul", "interleave", "an integer in 0..2147483647", NO_COUNTS),
+        (linear_with, "linear", "deterministic", "True or False", NO_FLAGS),
+        (attention_with, "attention", "scale", POSITIVE, [*NO_NUMBERS, 0, -0.0, -0.5, 1e-60]),
+        (attention_with, "attention", "softcap", f"0, or {POSITIVE}", [*NO_NUMBERS, -1, 1e-60]),
+        (attention_with, "attention", "window", "an integer in 0..2147483647", NO_COUNTS),
+        (rope_with, "rope", "interleaved", "True or False", NO_FLAGS),
+        (cache_with, "rope_and_cache", "interleaved", "True or False", NO_FLAGS),
+        (lora_with, "lora", "scale", f"{FINITE}, or an array", [*NO_NUMBERS, None]),
+        (shrink_with, "lora_shrink", "scale", f"{FINITE}, or an array", [*NO_NUMBERS, None]),
+    ],
+)
+def test_a_scalar_out_of_range_is_named_with_found_and_expected(
+    call: Callable[..., Array], op: str, name: str, expected: str, values: list[Any]
+) -> None:
+    for value in values:
+        message = re.escape(f"{op}: {name} is ") + f".*, expected {re.escape(expected)}"
+        with pytest.raises(RequestError, match=f"^{message}"):
+            call(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "plain", "others"),
+    [
+        (norm_with, "eps", 1.0, [1, np.float32(1), np.float64(1), np.int8(1), np.array(1.0)]),
+        (norm_with, "eps", 0.0, [0, -0.0, np.float16(0), 1e-60]),
+        (silu_with, "interleave", 8, [np.int64(8), np.uint8(8), np.array(8)]),
+        (linear_with, "deterministic", True, [np.True_]),
+        (attention_with, "scale", 0.25, [np.float32(0.25), ml_dtypes.bfloat16(0.25)]),
+        (attention_with, "scale", 32**-0.5, [None]),
+        (attention_with, "scale", 2.0, [2, np.int32(2), np.array(2.0)]),
+        (attention_with, "softcap", 30.0, [30, np.float16(30), np.int64(30)]),
+        (attention_with, "softcap", 0.0, [0, -0.0, np.float32(0), np.uint8(0)]),
+        (attention_with, "window", 7, [np.int64(7), np.uint8(7), np.array(7)]),
+        (attention_with, "window", 0, [2**31 - 1]),
+        (rope_with, "interleaved", True, [np.True_]),
+        (cache_with, "interleaved", False, [np.False_]),
+        (lora_with, "scale", -2.0, [-2, np.float32(-2), np.int8(-2), np.array(-2.0)]),
+        (lora_with, "scale", 0.0, [0, 1e-60, np.zeros(2, F32)]),
+        (shrink_with, "scale", 0.5, [np.float16(0.5), np.full(2, 0.5, F32)]),
+    ],
+)
+def test_a_scalar_is_any_number_of_pythons_or_numpys(
+    call: Callable[..., Array], name: str, plain: Any, others: list[Any]
+) -> None:
+    want = call(**{name: plain})
+    for other in others:
+        assert np.array_equal(call(**{name: other}), want), other
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        *[({"n_positions": v}, "n_positions is .*, expected an integer in 0") for v in NO_COUNTS],
+        *[({"rotary_dim": v}, "rotary_dim is .*, expected an integer in 2") for v in NO_COUNTS],
+        ({"rotary_dim": 0}, "rotary_dim is 0, expected an integer in 2"),
+        ({"rotary_dim": 7}, "rotary_dim is 7, expected an even number"),
+        *[
+            ({"theta": v}, r"theta is .*, expected a number in 1e-30\.\.1e30")
+            for v in [*NO_NUMBERS, 0, -1e4, 1e-300, 1e31, None]
+        ],
+    ],
+    ids=str,
+)
+def test_what_rope_tables_refuse(changed: dict[str, Any], message: str) -> None:
+    given = {"n_positions": 4, "rotary_dim": 8, "theta": 1e4}
+    with pytest.raises(RequestError, match=f"^rope_tables: {message}"):
+        ops.rope_tables(**{**given, **changed})
+
+
+def test_rope_tables_take_numpys_scalars_and_are_finite_at_their_limits() -> None:
+    want = ops.rope_tables(4, 8, 500_000.0)
+    got = ops.rope_tables(np.int64(4), np.uint8(8), np.int32(500_000))
+    assert all(map(np.array_equal, got, want))
+    for theta in (1e-30, 1e30):
+        assert all(np.isfinite(table).all() for table in ops.rope_tables(999, 256, theta))
+    assert ops.rope_tables(0, 2)[0].shape == (0, 1)
+
+
+@pytest.mark.parametrize("stream", [-1, 2**64, 1.5, NAN, True, "7", np.array(1.5), b"7"])
+def test_a_stream_is_a_handle(stream: Any) -> None:
+    with pytest.raises(RequestError, match="^rms_norm: stream is .*, expected an integer in 0"):
+        norm_with(1.0, stream=stream)
+
+
+def test_a_handle_may_be_an_object_that_int_opens() -> None:
+    class Handle:
+        def __int__(self) -> int:
+            return 7
+
+    for stream in (Handle(), np.uint64(7), 2**64 - 1):
+        norm_with(1.0, stream=stream)
+
+
+@pytest.mark.parametrize("device", [0, True, b"cuda", ("cuda", 0)])
+def test_a_device_is_a_string(device: Any) -> None:
+    with pytest.raises(RequestError, match='^rms_norm: device is .*, expected "cpu", "cuda" or'):
+        norm_with(1.0, device=device)
 
 
 # ---- docstrings ----

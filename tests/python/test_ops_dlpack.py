@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,6 +134,52 @@ def test_arrays_of_two_gpus_are_refused() -> None:
         ops.silu_and_mul(gate_up, out=out)
 
 
+def far(*shape: int) -> Producer:
+    """Of int32 on a GPU: at an address that the host cannot read."""
+    return Producer(1 << 20, shape, np.dtype(np.int32), device=(CUDA, 0))
+
+
+def bits(*shape: int) -> Array:
+    return np.zeros(shape, np.uint16)
+
+
+def int32(*values: int) -> Array:
+    return np.array(values, np.int32)
+
+
+CACHES = bits(4, 1, 16, 32), bits(4, 1, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ops.lora(
+                bits(4, 5), bits(4, 16), bits(2, 8, 16), bits(2, 5, 8), far(2), int32(1),
+                int32(0, 3),
+            ),
+            "lora: segment_indptr lies on cuda:0, expected cpu:0 as x",
+        ),
+        (
+            lambda: ops.attention(
+                bits(1, 2, 32), *CACHES, np.zeros((1, 2), np.int32), far(2), int32(1)
+            ),
+            "attention: query_indptr lies on cuda:0, expected cpu:0 as q",
+        ),
+        (
+            lambda: ops.rope(bits(2, 1, 32), far(2), *ops.rope_tables(4, 32)),
+            "rope: positions lies on cuda:0, expected cpu:0 as x",
+        ),
+    ],
+)  # fmt: skip
+def test_an_index_on_a_gpu_is_not_read_beside_arrays_of_the_host(
+    call: Callable[[], Any], message: str
+) -> None:
+    """It was, and the process died, where another array of the host asked for the look."""
+    with pytest.raises(RequestError, match=message):
+        call()
+
+
 @pytest.mark.ref
 def test_host_tensors_of_torch_are_used_in_place() -> None:
     import torch  # noqa: PLC0415
@@ -189,6 +236,26 @@ def test_an_op_asks_its_arrays_type_for_the_current_stream() -> None:
     assert asked == [(CUDA, 3)]
 
 
+def test_a_type_whose_table_has_no_function_for_it_tells_no_stream() -> None:
+    """DLPack wants the function to be there; one that left it out ended the process."""
+    assert _C.dlpack_stream(exchange_api(None), CUDA, 3) is None
+    ours = exchange_api(lambda kind, ordinal: PER_THREAD)
+    assert _C.dlpack_stream(exchange_api(None, major=2, older=ours), CUDA, 3) == PER_THREAD
+    assert _C.dlpack_stream(exchange_api(None, major=2, older=exchange_api(None)), CUDA, 3) is None
+
+    class Silent(Producer):
+        __dlpack_c_exchange_api__ = exchange_api(None)
+
+    class Telling(Producer):
+        __dlpack_c_exchange_api__ = ours
+
+    gate_up, out = (np.ones((2, n), np.uint16) for n in (16, 8))
+    silent, telling = Silent.of(gate_up, device=(CUDA, 3)), Telling.of(out, device=(CUDA, 3))
+    with pytest.raises(RequestError, match=r"stream is 2 .*, expected any other"):
+        ops.silu_and_mul(silent, out=telling)  # the next array is asked
+    assert ops._current_stream([silent]) == 0  # none tells one: the legacy default stream
+
+
 def test_a_stream_that_is_given_is_not_asked_for() -> None:
     class Telling(Producer):
         __dlpack_c_exchange_api__ = exchange_api(lambda kind, ordinal: 1 // 0)
@@ -213,5 +280,7 @@ def test_the_exchange_api_that_is_understood_is_asked() -> None:
     assert _C.dlpack_stream(newer, CUDA, 3) == 2003
     with pytest.raises(BufferError, match="exchange API is of DLPack 2, expected 1"):
         _C.dlpack_stream(exchange_api(lambda kind, ordinal: 7, major=2), CUDA, 3)
+    with pytest.raises(BufferError, match="tells no current stream of device 2:3, nor why"):
+        _C.dlpack_stream(exchange_api(lambda kind, ordinal: -1), CUDA, 3)
     with pytest.raises(ValueError, match="invalid PyCapsule"):
         _C.dlpack_stream(7, CUDA, 3)

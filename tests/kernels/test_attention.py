@@ -140,11 +140,13 @@ def flat(seq: Sequence) -> Sequence:
     return Sequence(bf16(from_bf16(seq.q) / 4), seq.k, seq.v)
 
 
-@pytest.mark.parametrize("D", [64, 128])
-def test_context_of_128k(path: str, D: int) -> None:
+@pytest.mark.parametrize(
+    ("N", "D", "P"), [(4, 64, 64), (4, 128, 64), (7, 128, 16), (1, 96, 256), (8, 64, 128)]
+)
+def test_context_of_128k(path: str, N: int, D: int, P: int) -> None:
     n = 131072
-    seq = flat(sequence(n, 4, 1, D))
-    check(path, [(seq, n - 1, n), (seq, n - 16, n)])
+    seq = flat(sequence(n, N, 1, D))
+    check(path, [(seq, n - 1, n), (seq, n - 16, n)], P)
 
 
 @pytest.mark.parametrize(("D", "P"), [(64, 64), (96, 16)])

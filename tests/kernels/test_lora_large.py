@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from kernels.judge import judge_rounded
 
 from milpy import ops
 from milpy.ops import bfloat16, from_bfloat16
@@ -29,3 +30,4 @@ def test_more_tiles_than_a_grid_has_in_y() -> None:
     ops.lora(y, x, a, b, np.arange(T + 1, dtype=np.int32), adapter, rows, device="cuda")
     # One rounding to bfloat16, and v's two halves.
     assert (np.abs(from_bfloat16(y) - want) <= 1.02 * 2.0**-8 * np.abs(want) + 1e-3).all()
+    judge_rounded("y", y, want)

@@ -226,8 +226,11 @@ typedef struct mil_engine_options {
      * take the rest of the share. kv_cache_bytes overrules it. Adapters that are loaded later take
      * of what is then free. */
     double gpu_memory_utilization;
-    /* Batch mates and graph replay do not change a row's bits. The CPU's never do; on a device it
-     * costs speed (products by kernels of our own). */
+    /* Batch mates and graph replay do not change a row's bits, save by preemption: where mates take
+     * a request's pages, the tokens that it gave are computed anew as a prompt's are. The CPU's
+     * never do. On a device it costs speed (products by kernels of our own), and no prompt is cut
+     * into a piece of one token: at most max_num_batched_tokens - 2 requests run at once, which the
+     * defaults above heed. */
     bool deterministic;
     bool enforce_eager; /* run decode op by op where graphs would serve it (tests, less memory) */
     bool poison;        /* fill freed pages with NaN (tests) */

@@ -45,7 +45,9 @@ class LLM:
     adapters, workspace, libraries and CUDA graphs are measured, and KV pages take what they leave
     of the share; kv_cache_bytes overrules it, and adapters that are loaded later take of what is
     then free. enforce_eager runs decode steps without CUDA graphs; deterministic keeps batch mates
-    from changing a row's bits, at a price (the CPU always does).
+    from changing a row's bits, at a price (the CPU always does), unless they take a sequence's KV
+    pages: what it has answered is then computed anew, as a prompt is. At most
+    max_num_batched_tokens - 2 requests run at once under it, and that is at least 3.
 
     load_format="dummy" makes random weights by `seed` from config.json alone. tokenizer names
     another folder for tokenizer.json; without one, prompts are token ids. progress shows a bar

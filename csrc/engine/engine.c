@@ -85,6 +85,7 @@ static mil_scheduler_options scheduler_options(mil_engine *engine, int32_t n_pag
         .max_model_len = engine->options.max_model_len,
         .page_size = engine->options.page_size,
         .n_pages = n_pages,
+        .is_deterministic = engine->options.deterministic && engine->is_on_device,
         .on_page_free = engine->options.poison ? poison_page : NULL,
         .context = engine,
     };

@@ -1,6 +1,7 @@
 #include "engine/options.h"
 
 #include "base/memory.h"
+#include "scheduler/scheduler.h"
 
 #define DEFAULT_SEQS 64
 #define DEFAULT_BATCHED_TOKENS 512
@@ -36,10 +37,20 @@ mil_status mil_options_complete(mil_engine_options *options, bool is_device)
         check_knob("max_num_batched_tokens", options->max_num_batched_tokens, MOST_BATCHED_TOKENS));
     int32_t *n_seqs = &options->max_num_seqs;
     int32_t *n_tokens = &options->max_num_batched_tokens;
+    /* See the scheduler's is_deterministic. The CPU's bits do not depend on how a prompt is cut. */
+    int32_t spare = options->deterministic && is_device ? MIL_PROMPT_ROOM - 1 : 0;
+    if (*n_tokens > 0 && *n_tokens <= spare)
+        return mil_fail(MIL_ERR_ARGUMENT,
+                        "engine: max_num_batched_tokens is %d, expected at least %d under "
+                        "deterministic: a piece of one token would have other bits, and a prompt "
+                        "of %d cannot be cut without one",
+                        *n_tokens, spare + 1, spare + 1);
+    int32_t most_seqs = *n_tokens - spare;
     if (*n_seqs == 0)
-        *n_seqs = *n_tokens > 0 && *n_tokens < default_seqs ? *n_tokens : default_seqs;
+        *n_seqs = *n_tokens > 0 && most_seqs < default_seqs ? most_seqs : default_seqs;
+    int32_t least_tokens = *n_seqs + spare;
     if (*n_tokens == 0)
-        *n_tokens = *n_seqs > default_tokens ? *n_seqs : default_tokens;
+        *n_tokens = least_tokens > default_tokens ? least_tokens : default_tokens;
     if (*n_tokens < *n_seqs)
         return mil_fail(MIL_ERR_ARGUMENT,
                         "engine: max_num_batched_tokens is %d, expected at least max_num_seqs, "

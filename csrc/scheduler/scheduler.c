@@ -116,6 +116,8 @@ mil_status mil_scheduler_create(mil_scheduler **out, const mil_scheduler_options
     assert(options->max_seqs >= 1 && options->max_tokens >= options->max_seqs);
     assert(options->max_model_len >= 2 && options->n_pages >= 2);
     assert(options->max_model_len <= (int64_t)(options->n_pages - 1) * options->page_size);
+    assert(!options->is_deterministic || options->max_tokens >= MIL_PROMPT_ROOM);
+    assert(!options->is_deterministic || options->page_size >= MIL_PROMPT_ROOM);
     void *block;
     MIL_TRY(mil_alloc_checked(&block, 1, sizeof(mil_scheduler), "scheduler"));
     mil_scheduler *scheduler = block;
@@ -293,14 +295,37 @@ static bool find_page(mil_scheduler *scheduler, const mil_request *request)
     return false;
 }
 
-/* Give request pages for up to `wanted` tokens more; returns for how many it has them. */
+/* How many of the `left` tokens that a request has still to compute go into room for `room`. */
+static int32_t piece_of(const mil_scheduler *scheduler, int32_t left, int32_t room)
+{
+    int32_t n = left < room ? left : room;
+    if (!scheduler->options.is_deterministic || left == 1)
+        return n;
+    if (left - n == 1)
+        n--;
+    return n > 1 ? n : 0;
+}
+
+/* The least room into which any of them go. */
+static int32_t least_room(const mil_scheduler *scheduler, int32_t left)
+{
+    if (!scheduler->options.is_deterministic || left == 1)
+        return 1;
+    return left == 3 ? 3 : 2;
+}
+
+/* Give request pages for a piece of the `left` tokens that it has still to compute; returns how
+ * many go into those and into the budget. */
 static int32_t grant(mil_scheduler *scheduler, mil_batch *batch, const mil_request *request,
-                     int32_t wanted)
+                     int32_t left, int32_t budget)
 {
     slot *held = &scheduler->slots[request->slot];
     int32_t size = scheduler->options.page_size;
-    bool is_full = held->n_pages * size == request->n_computed;
-    if (is_full && !find_page(scheduler, request))
+    int32_t wanted = piece_of(scheduler, left, budget);
+    if (wanted == 0)
+        return 0;
+    bool lacks_page = held->n_pages * size < request->n_computed + least_room(scheduler, left);
+    if (lacks_page && !find_page(scheduler, request))
         return 0;
     int32_t missing = pages_for(scheduler, request->n_computed + wanted) - held->n_pages;
     for (; missing > 0 && scheduler->blocks.n_free > 0; missing--) {
@@ -310,7 +335,7 @@ static int32_t grant(mil_scheduler *scheduler, mil_batch *batch, const mil_reque
         held->pages[held->n_pages++] = page;
     }
     int32_t room = held->n_pages * size - request->n_computed;
-    return wanted < room ? wanted : room;
+    return piece_of(scheduler, left, wanted < room ? wanted : room);
 }
 
 /* ---- who runs ---- */
@@ -331,14 +356,22 @@ static int32_t grant_running(mil_scheduler *scheduler, mil_batch *batch)
     }
     for (mil_request *r = scheduler->open.first; r != scheduler->waiting; r = r->next) {
         if (is_decoding(r)) {
-            r->n_now = grant(scheduler, batch, r, 1);
-        } else if (mil_request_is_prefilling(r) && budget > 0) {
-            int32_t left = r->n_prefill - r->n_computed;
-            r->n_now = grant(scheduler, batch, r, left < budget ? left : budget);
+            r->n_now = grant(scheduler, batch, r, 1, 1);
+        } else if (mil_request_is_prefilling(r)) {
+            r->n_now = grant(scheduler, batch, r, r->n_prefill - r->n_computed, budget);
             budget -= r->n_now;
         }
     }
     return budget;
+}
+
+/* Whether one more may run: with all the others decoding, a prompt must still go on. */
+static bool can_run_more(const mil_scheduler *scheduler)
+{
+    if (scheduler->n_free_slots == 0)
+        return false;
+    return !scheduler->options.is_deterministic ||
+           scheduler->options.max_tokens - scheduler->n_running >= MIL_PROMPT_ROOM;
 }
 
 /* Whether the first that waits may start. It needs pages for its next chunk, or for all its tokens
@@ -347,11 +380,11 @@ static int32_t grant_running(mil_scheduler *scheduler, mil_batch *batch)
  * work is undone for it. With nothing running that is no more than the pages there are. */
 static bool can_start(const mil_scheduler *scheduler, const mil_request *request, int32_t budget)
 {
-    if (budget == 0 || scheduler->n_free_slots == 0)
-        return false;
     int32_t known = request->n_prompt + request->n_generated;
-    bool is_whole = request->n_preemptions > 0 || known < budget;
-    int32_t at_once = is_whole ? known : budget;
+    int32_t piece = piece_of(scheduler, known, budget);
+    if (piece == 0 || !can_run_more(scheduler))
+        return false;
+    int32_t at_once = request->n_preemptions > 0 ? known : piece;
     return pages_for(scheduler, at_once) + scheduler->n_running <= scheduler->blocks.n_free;
 }
 
@@ -394,8 +427,7 @@ static void grant_newcomers(mil_scheduler *scheduler, mil_batch *batch, int32_t 
         mil_request *request = scheduler->waiting;
         if (!start(scheduler, batch, request))
             return;
-        int32_t wanted = request->n_prefill < budget ? request->n_prefill : budget;
-        request->n_now = grant(scheduler, batch, request, wanted);
+        request->n_now = grant(scheduler, batch, request, request->n_prefill, budget);
         budget -= request->n_now;
     }
 }

@@ -21,6 +21,7 @@ extern "C" {
 #endif
 
 #define MIL_STEPS_IN_FLIGHT 2 /* filled and not retired, at most */
+#define MIL_PROMPT_ROOM 3     /* tokens; see is_deterministic */
 
 typedef struct mil_scheduler_options {
     int32_t max_seqs;
@@ -29,6 +30,12 @@ typedef struct mil_scheduler_options {
         max_model_len; /* <= (n_pages - 1) * page_size: a request alone always runs to its end */
     int32_t page_size;
     int32_t n_pages; /* page 0 included, which is never dealt out */
+    /* What mates and pages leave never cuts a piece of one token off a longer prompt: attention may
+     * compute a lone query in another order than the rows of a chunk. Three tokens are then not cut
+     * at all. So that no prompt waits for that many while its mates decode, at most max_tokens - 2
+     * requests run at once: the oldest of those that prefill has MIL_PROMPT_ROOM in every step.
+     * Needs max_tokens and page_size of at least that. */
+    bool is_deterministic;
     /* Called when a page becomes free, which no step in flight names any more; may be NULL. */
     void (*on_page_free)(void *context, int32_t page);
     void *context;

@@ -193,6 +193,45 @@ TEST(the_answers_are_the_same_where_a_step_is_queued_behind_the_running_one)
     run_traffic(2);
 }
 
+static void count_pieces_of_one(void *context, mil_plan *plan)
+{
+    int32_t *n = context;
+    mil_batch batch;
+    mil_plan_view(plan, &batch);
+    for (int32_t s = batch.header->n_decode; s < batch.header->n_seqs; s++)
+        *n += batch.query_indptr[s + 1] - batch.query_indptr[s] == 1 && batch.kv_lengths[s] > 1;
+}
+
+/* How often steps of four tokens have one of a longer prompt. */
+static int32_t pieces_of_one(bool is_device, bool is_deterministic)
+{
+    static bench b;
+    int32_t n = 0;
+    mil_engine_options options = SMALL;
+    options.max_num_batched_tokens = 4;
+    options.deterministic = is_deterministic;
+    open_bench(&b, &options);
+    mil_engine_free(b.engine);
+    b.model.memory.is_device = is_device;
+    b.model.on_step = count_pieces_of_one;
+    b.model.context = &n;
+    CHECK_INT(mil_engine_create(&b.engine, &b.model, &options), MIL_OK);
+    for (int32_t i = 0; i < 20; i++)
+        (void)submit(&b, 1 + draw(&b, 20), 30, MIL_NO_ADAPTER, 1);
+    start(&b);
+    receive_all(&b);
+    check_answers(&b);
+    close_bench(&b, MIL_OK);
+    return n;
+}
+
+TEST(deterministic_leaves_a_device_no_piece_of_one_token)
+{
+    CHECK_INT(pieces_of_one(true, true), 0);
+    CHECK(pieces_of_one(true, false) > 20);
+    CHECK(pieces_of_one(false, true) > 20); /* whose bits are the same either way */
+}
+
 TEST(a_slow_poller_loses_nothing)
 {
     static bench b;

@@ -44,6 +44,27 @@ TEST(a_device_takes_more_rows_by_default)
     CHECK(options.gpu_memory_utilization == 0.9);
 }
 
+TEST(deterministic_on_a_device_keeps_room_for_a_prompt_beside_its_mates)
+{
+    mil_engine_options many = {.max_num_seqs = 9000, .deterministic = true};
+    CHECK_INT(mil_options_complete(&many, true), MIL_OK);
+    CHECK_INT(many.max_num_batched_tokens, 9002);
+    mil_engine_options few = {.max_num_batched_tokens = 20, .deterministic = true};
+    CHECK_INT(mil_options_complete(&few, true), MIL_OK);
+    CHECK_INT(few.max_num_seqs, 18);
+    mil_engine_options least = {.max_num_batched_tokens = 3, .deterministic = true};
+    CHECK_INT(mil_options_complete(&least, true), MIL_OK);
+    CHECK_INT(least.max_num_seqs, 1);
+    mil_engine_options all = {
+        .max_num_seqs = 20, .max_num_batched_tokens = 20, .deterministic = true};
+    CHECK_INT(mil_options_complete(&all, true), MIL_OK);
+    mil_engine_options none = {
+        .max_num_seqs = 1, .max_num_batched_tokens = 2, .deterministic = true};
+    CHECK_INT(mil_options_complete(&none, true), MIL_ERR_ARGUMENT);
+    CHECK(says("max_num_batched_tokens is 2, expected at least 3 under deterministic"));
+    CHECK_INT(mil_options_complete(&none, false), MIL_OK); /* the CPU's bits know no pieces */
+}
+
 TEST(knobs_out_of_range_are_errors_that_name_both_sides)
 {
     mil_engine_options clash = {.max_num_seqs = 100, .max_num_batched_tokens = 99};

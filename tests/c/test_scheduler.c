@@ -1,7 +1,7 @@
 /* The scheduler against a device that runs its plans by the letter (fake_device.h): answers must
  * equal those of each request alone, under preemption, cancel and overshoot, with one or two steps
- * in flight; and no plan may name a page, slot or adapter slot that a step in flight still names
- * for another. */
+ * in flight; no plan may name a page, slot or adapter slot that a step in flight still names for
+ * another; and a deterministic one's hold no piece of one token of what is longer. */
 #include "test.h"
 
 #include "base/memory.h"
@@ -204,6 +204,18 @@ static void check_order(world *w)
         CHECK(open[i - 1]->state == MIL_REQUEST_RUNNING || open[i]->state == MIL_REQUEST_WAITING);
 }
 
+/* The deterministic promise: a query that is alone in its step is a whole prompt, or decodes. */
+static void check_pieces(world *w, const mil_batch *batch)
+{
+    const mil_plan_header *header = batch->header;
+    for (int32_t s = header->n_decode; s < header->n_seqs && w->options.is_deterministic; s++)
+        for (int32_t i = 0; i < MAX_OPEN; i++) {
+            const mil_request *request = w->clients[i].request;
+            if (request != NULL && request->slot == batch->seq_slot[s] && request->n_prefill > 1)
+                CHECK(batch->query_indptr[s + 1] - batch->query_indptr[s] > 1);
+        }
+}
+
 static void check_pages(world *w)
 {
     mil_scheduler_counts counts;
@@ -230,6 +242,7 @@ static bool fill(world *w)
     CHECK_INT(mil_plan_check(plan, w->options.n_pages, VOCAB), MIL_OK);
     check_fences(w, &batch);
     check_order(w);
+    check_pieces(w, &batch);
     check_pages(w);
     w->n_in_flight++;
     return true;
@@ -284,11 +297,17 @@ static void drain(world *w)
 
 /* ---- random traffic ---- */
 
-static mil_scheduler_options draw_options(world *w)
+/* Deterministic ones have the tightest budgets. */
+static mil_scheduler_options draw_options(world *w, bool is_deterministic)
 {
     mil_scheduler_options options = {.max_seqs = 1 + (int32_t)draw(w, 8)};
-    options.max_tokens = options.max_seqs + (int32_t)draw(w, 24);
+    options.max_tokens = options.max_seqs + (int32_t)draw(w, is_deterministic ? 5 : 24);
     options.page_size = 1 + (int32_t)draw(w, 5);
+    options.is_deterministic = is_deterministic;
+    if (is_deterministic && options.max_tokens < MIL_PROMPT_ROOM)
+        options.max_tokens = MIL_PROMPT_ROOM;
+    if (is_deterministic)
+        options.page_size += MIL_PROMPT_ROOM - 1;
     options.max_model_len = 8 + (int32_t)draw(w, 56);
     int32_t least = (options.max_model_len - 1) / options.page_size + 2;
     options.n_pages = least + (int32_t)draw(w, 3) * (int32_t)draw(w, (uint32_t)least);
@@ -304,17 +323,17 @@ static void submit_random(world *w)
     (void)submit(w, n_prompt, max_new, adapter, draw(w, 1000), draw(w, 2) == 0);
 }
 
-static void run_traffic(int32_t depth, uint64_t seed, int32_t n_rounds, int32_t n_ops,
+static void run_traffic(int32_t depth, uint64_t seed, bool is_deterministic,
                         mil_scheduler_counts *total, int64_t *n_overshoot)
 {
     static world w;
     memset(total, 0, sizeof *total);
     *n_overshoot = 0;
-    for (int32_t round = 0; round < n_rounds; round++) {
+    for (int32_t round = 0; round < 250; round++) {
         w.random = seed + (uint64_t)round;
-        mil_scheduler_options options = draw_options(&w);
+        mil_scheduler_options options = draw_options(&w, is_deterministic);
         open_world(&w, &options, depth, w.random);
-        for (int32_t op = 0; op < n_ops; op++) {
+        for (int32_t op = 0; op < 300; op++) {
             uint32_t kind = draw(&w, 100);
             client *c = &w.clients[draw(&w, MAX_OPEN)];
             if (kind < 12)
@@ -340,7 +359,7 @@ TEST(random_traffic_gives_each_request_its_own_answer_with_one_step_in_flight)
     mil_scheduler_counts total;
     int64_t n_overshoot;
     size_t held = mil_memory_held_bytes();
-    run_traffic(1, 1000, 250, 300, &total, &n_overshoot);
+    run_traffic(1, 1000, false, &total, &n_overshoot);
     CHECK(total.n_preemptions > 200 && total.n_generated_tokens > 20000);
     CHECK_INT(n_overshoot, 0);
     CHECK_INT(mil_memory_held_bytes(), held);
@@ -350,9 +369,19 @@ TEST(random_traffic_gives_each_request_its_own_answer_with_two_steps_in_flight)
 {
     mil_scheduler_counts total;
     int64_t n_overshoot;
-    run_traffic(2, 5000, 250, 300, &total, &n_overshoot);
+    run_traffic(2, 5000, false, &total, &n_overshoot);
     CHECK(total.n_preemptions > 200 && total.n_generated_tokens > 20000);
     CHECK(n_overshoot > 100);
+}
+
+TEST(random_traffic_leaves_no_piece_of_one_token_where_that_is_promised)
+{
+    mil_scheduler_counts total;
+    int64_t n_overshoot;
+    for (int32_t depth = 1; depth <= MIL_STEPS_IN_FLIGHT; depth++) {
+        run_traffic(depth, 9000, true, &total, &n_overshoot);
+        CHECK(total.n_preemptions > 200 && total.n_generated_tokens > 20000);
+    }
 }
 
 /* ---- single behaviours ---- */
@@ -553,6 +582,124 @@ TEST(a_failed_allocation_is_an_error_and_holds_nothing)
     mil_memory_fail_at(1);
     CHECK_INT(mil_request_create(&request, &options, 1), MIL_ERR_MEMORY);
     CHECK(request == NULL);
+}
+
+/* ---- pieces of one token ----
+ * Under deterministic a prompt once had bits that hung on its mates: where they left one token of a
+ * step, a piece of one went by attention's path for decode rows. */
+
+/* Run until the prompt is computed; the pieces of what it lacks must be these. */
+static void expect_pieces(world *w, const client *c, int32_t n, const int32_t *pieces)
+{
+    const mil_request *request = c->request;
+    for (int32_t i = 0, before = request->n_computed; before < request->n_prompt;) {
+        CHECK(step(w));
+        if (request->n_computed == before)
+            continue;
+        CHECK(i < n);
+        CHECK_INT(request->n_computed - before, pieces[i]);
+        before = request->n_computed;
+        i++;
+    }
+}
+
+static void expect_pieces_alone(int32_t max_tokens, bool is_deterministic, int32_t n_prompt,
+                                int32_t n, const int32_t *pieces)
+{
+    static world w;
+    mil_scheduler_options options = ROOMY;
+    options.max_seqs = 1;
+    options.max_tokens = max_tokens;
+    options.is_deterministic = is_deterministic;
+    open_world(&w, &options, 1, 11);
+    client *c = submit(&w, n_prompt, 2, MIL_NO_ADAPTER, 1, false);
+    expect_pieces(&w, c, n, pieces);
+    drain(&w);
+    close_world(&w);
+}
+
+TEST(a_prompt_is_cut_so_that_no_single_token_is_left)
+{
+    expect_pieces_alone(16, false, 17, 2, (int32_t[]){16, 1});
+    expect_pieces_alone(16, true, 17, 2, (int32_t[]){15, 2});
+    expect_pieces_alone(16, true, 33, 3, (int32_t[]){16, 15, 2});
+    expect_pieces_alone(16, true, 18, 2, (int32_t[]){16, 2});
+    expect_pieces_alone(16, true, 16, 1, (int32_t[]){16});
+    expect_pieces_alone(16, true, 1, 1, (int32_t[]){1}); /* one token alone in any batch */
+}
+
+TEST(the_smallest_budget_serves_every_prompt)
+{
+    expect_pieces_alone(3, true, 1, 1, (int32_t[]){1});
+    expect_pieces_alone(3, true, 2, 1, (int32_t[]){2});
+    expect_pieces_alone(3, true, 3, 1, (int32_t[]){3});
+    expect_pieces_alone(3, true, 4, 2, (int32_t[]){2, 2});
+    expect_pieces_alone(3, true, 5, 2, (int32_t[]){3, 2});
+    expect_pieces_alone(3, true, 7, 3, (int32_t[]){3, 2, 2});
+    expect_pieces_alone(4, true, 5, 2, (int32_t[]){3, 2});
+}
+
+TEST(mates_that_would_leave_one_token_leave_three)
+{
+    static world w;
+    mil_scheduler_options options = ROOMY;
+    options.max_tokens = 4; /* three mates and one */
+    options.is_deterministic = true;
+    open_world(&w, &options, 1, 12);
+    for (int32_t i = 0; i < 3; i++)
+        CHECK(submit(&w, 2, 10 + 10 * i, MIL_NO_ADAPTER, 1, false) != NULL);
+    client *c = submit(&w, 13, 2, MIL_NO_ADAPTER, 2, false);
+    while (c->request->n_computed == 0)
+        CHECK(step(&w));
+    mil_scheduler_counts counts;
+    mil_scheduler_counts_get(w.scheduler, &counts);
+    CHECK_INT(counts.n_running, 2); /* a second mate would leave it two tokens */
+    CHECK_INT(c->request->n_computed, 3);
+    expect_pieces(&w, c, 4, (int32_t[]){3, 3, 2, 2});
+    drain(&w);
+    close_world(&w);
+}
+
+TEST(a_page_with_room_for_one_token_more_is_no_piece)
+{
+    static world w;
+    mil_scheduler_options options = ROOMY;
+    options.max_tokens = 8;
+    options.max_model_len = 16;
+    options.n_pages = 5;
+    options.is_deterministic = true;
+    open_world(&w, &options, 1, 13);
+    CHECK(submit(&w, 3, 5, MIL_NO_ADAPTER, 1, false) != NULL);
+    CHECK(step(&w));
+    client *c = submit(&w, 12, 2, MIL_NO_ADAPTER, 2, false);
+    /* Seven tokens on two pages beside the mate's row. Then that takes the last page. */
+    expect_pieces(&w, c, 2, (int32_t[]){7, 5});
+    CHECK_INT(c->request->n_preemptions, 0);
+    drain(&w);
+    close_world(&w);
+}
+
+TEST(a_long_prompt_goes_on_beside_mates_and_newcomers)
+{
+    static world w;
+    mil_scheduler_options options = ROOMY;
+    options.max_tokens = 4;
+    options.is_deterministic = true;
+    open_world(&w, &options, 1, 14);
+    for (int32_t i = 0; i < 3; i++)
+        CHECK(submit(&w, 2, i == 0 ? 20 : 60, MIL_NO_ADAPTER, 1, false) != NULL);
+    client *c = submit(&w, 41, 2, MIL_NO_ADAPTER, 2, false);
+    mil_request *request = c->request;
+    for (int32_t i = 0; request->n_computed < 41; i++) {
+        CHECK(i < 60 + 2 + 14);
+        if (i % 4 == 0)
+            CHECK(submit(&w, 1 + i % 3, 4, MIL_NO_ADAPTER, 1, false) != NULL);
+        int32_t before = request->n_computed;
+        CHECK(step(&w));
+        CHECK(before == 0 || request->n_computed > before);
+    }
+    drain(&w);
+    close_world(&w);
 }
 
 TEST_MAIN()

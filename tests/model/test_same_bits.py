@@ -1,8 +1,9 @@
 """What docs/numerics.md promises of bits, on whole requests: tokens and their logprobs are equal.
 
 Replayed graphs against steps run op by op, over random lengths, page tables, adapter mixes and
-paddings; alone against among mates; a prompt in chunks against whole; an engine that preempts. On
-the CPU all of it holds by definition, on a GPU the last three under deterministic=True.
+paddings; alone against among mates; a prompt in chunks against whole, also where mates leave next
+to nothing of a step; an engine that preempts. On the CPU all of it holds by definition, on a GPU
+all but the first under deterministic=True.
 """
 
 from __future__ import annotations
@@ -199,13 +200,38 @@ def test_every_sequence_of_a_batch_may_have_an_adapter_of_its_own(rig: Rig) -> N
 
 
 def test_chunks_of_a_prompt_have_the_bits_of_the_whole(rig: Rig) -> None:
-    """But for a chunk of one token, which is a decode row: none of these is cut into one."""
-    requests = subjects(rig, [1, 2, 63, 64, 66, 95, 130, 150, 500, 512, 514, 777, 1500, 2000])
+    """Some are a token longer than chunks of full size: a piece of one would be a decode row."""
+    lengths = [1, 2, 3, 63, 64, 65, 66, 95, 97, 130, 150, 500, 512, 514, 577, 777, 1500, 1921, 2000]
+    requests = subjects(rig, lengths)
     for n_batched in (64, 96):
         chunks, _ = rig.serve(
             requests, n_seqs=1, deterministic=True, max_num_batched_tokens=n_batched
         )
         assert chunks == rig.alone(requests), f"in chunks of {n_batched}"
+
+
+def test_mates_that_leave_little_of_a_step_change_no_bit(rig: Rig) -> None:
+    """The story: under deterministic a prompt was cut into whatever its mates left of a step. Here
+    that was one token, which is a decode row: beyond 512 keys, and on Hopper at any length, it had
+    other bits than in a longer piece. Now two mates end before the prompt begins, and leave three.
+    """
+    for found in subjects(rig, [20, 131, 700]):
+        rng = np.random.default_rng(len(found.tokens))
+        n_mates = rig.size.crowds[1]
+        n_new = np.full(n_mates, 2 * len(found.tokens))
+        n_new[:2] = len(found.tokens)
+        mates = [
+            random_request(rig, rng, int(rng.integers(1, 9)), min(n, rig.context - 9))
+            for n in n_new.tolist()
+        ]
+        together, stats = rig.serve(
+            [*mates, found],
+            n_seqs=n_mates + 1,
+            max_num_batched_tokens=n_mates + 1,
+            deterministic=True,
+        )
+        assert stats["n_preemptions"] == 0
+        assert together[-1:] == rig.alone([found]), f"a prompt of {len(found.tokens)}"
 
 
 def test_preemption_changes_no_bit_of_short_texts(rig: Rig, device: str) -> None:

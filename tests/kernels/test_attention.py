@@ -140,9 +140,7 @@ def flat(seq: Sequence) -> Sequence:
     return Sequence(bf16(from_bf16(seq.q) / 4), seq.k, seq.v)
 
 
-@pytest.mark.parametrize(
-    ("N", "D", "P"), [(4, 64, 64), (4, 128, 64), (7, 128, 16), (1, 96, 256), (8, 64, 128)]
-)
+@pytest.mark.parametrize(("N", "D", "P"), [(4, 64, 64), (4, 128, 64), (7, 128, 16), (1, 96, 256)])
 def test_context_of_128k(path: str, N: int, D: int, P: int) -> None:
     n = 131072
     seq = flat(sequence(n, N, 1, D))

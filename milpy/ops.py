@@ -17,7 +17,8 @@ cuda.core), by default on the producer's current stream where its type tells it 
 API; PyTorch and CuPy of any age), else on the legacy default stream. Nothing waits: order other
 streams yourself, and keep the arrays alive as you would for a kernel of your own. The current
 device is left as it was. Each (device, stream) has a workspace, kept for good and locked while an
-op is queued, so threads may share it.
+op is queued, so threads may share it; a first `linear` adds cuBLASLt's 32 MiB, unless all are
+deterministic.
 
 Graphs: an op may be captured, and be called while another thread captures. It allocates in the
 first call of its shapes on a stream only, and never in the graph. Graphs captured on one stream

@@ -191,16 +191,27 @@ static mil_status fill(struct mil_cublas *cublas)
                                  "workspace of cublasLt");
 }
 
-mil_status mil_cublas_create(struct mil_cublas **out, mil_queue *queue)
+static mil_status create(mil_queue *queue)
 {
     struct mil_cublas *cublas;
     MIL_TRY(mil_alloc_checked((void **)&cublas, 1, sizeof *cublas, "cublasLt's table"));
     cublas->queue = queue;
     mil_status status = fill(cublas);
     if (status == MIL_OK)
-        *out = cublas;
+        queue->cublas = cublas;
     else
         mil_cublas_free(cublas);
+    return status;
+}
+
+mil_status mil_cublas_open(mil_queue *queue)
+{
+    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    if (queue->cublas != NULL)
+        return MIL_OK;
+    MIL_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode));
+    mil_status status = create(queue);
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
     return status;
 }
 
@@ -452,8 +463,9 @@ mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *p, bool *i
 {
     lt_entry *entry;
     *is_served = false;
-    if (queue->cublas == NULL || p->M <= 0 || !is_aligned(p))
+    if (p->M <= 0 || !is_aligned(p))
         return MIL_OK;
+    MIL_TRY(mil_cublas_open(queue));
     MIL_TRY(find(queue->cublas, &entry, p));
     if (!takes(queue->cublas, entry, p->M))
         return MIL_OK;

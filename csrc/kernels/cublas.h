@@ -18,10 +18,11 @@ extern "C" {
 #endif
 
 /* The library's handle, a workspace, and an empty table, for products on queue, whose streams are
- * there. The library is libcublasLt.so.13 (where the driver is for CUDA 13 or newer), else .12,
- * found as library.h says, with MILPY_CUBLASLT to name it. Caller frees *out with mil_cublas_free
- * before the queue goes; the queue's device is current in both. */
-mil_status mil_cublas_create(struct mil_cublas **out, mil_queue *queue) MIL_WARN_UNUSED;
+ * there: queue->cublas, unless it is there already. The library is libcublasLt.so.13 (where the
+ * driver is for CUDA 13 or newer), else .12, found as library.h says, with MILPY_CUBLASLT to name
+ * it. mil_cublas_free before the queue goes; the queue's device is current in both. In a capture
+ * too. */
+mil_status mil_cublas_open(mil_queue *queue) MIL_WARN_UNUSED;
 void mil_cublas_free(struct mil_cublas *cublas);
 
 /* cublasLtGetVersion: 131000 is 13.10.0. */
@@ -46,8 +47,9 @@ int32_t mil_cublas_bucket(int32_t M);
 
 /* y = x w^T (+ bias) through the library, on queue's stream. *is_served false, and nothing queued,
  * where it has no algorithm for these shapes and alignments, where the bucket's algorithm does not
- * take this M (the library is asked), or where K, ldx, x or w are not on 16 bytes. The first run of
- * a bucket looks its algorithm up and loads its kernel, in a capture too. */
+ * take this M (the library is asked), or where K, ldx, x or w are not on 16 bytes. The first run
+ * opens the library, that of a bucket looks its algorithm up and loads its kernel, in a capture
+ * too. */
 mil_status mil_cublas_run(mil_queue *queue, const mil_cublas_product *product, bool *is_served)
     MIL_WARN_UNUSED;
 

@@ -311,8 +311,7 @@ static mil_status fill_queue(mil_queue *queue)
     MIL_TRY(read_device(queue));
     MIL_TRY(make_streams(queue));
     MIL_TRY(mil_cuda_product_load());
-    MIL_TRY(mil_cuda_send_load());
-    return mil_cublas_create(&queue->cublas, queue);
+    return mil_cuda_send_load();
 }
 
 static void queue_close(struct mil_queue *queue)
@@ -352,6 +351,13 @@ static mil_status queue_open(struct mil_queue **out, int32_t ordinal)
     }
     *out = queue;
     return MIL_OK;
+}
+
+static mil_status prepare(struct mil_queue *queue)
+{
+    call it;
+    MIL_TRY(begin_call(queue, &it));
+    return end_call(queue, &it, mil_cublas_open(queue));
 }
 
 /* ---- memory ---- */
@@ -621,6 +627,7 @@ const mil_device mil_cuda_device = {
     .is_host = false,
     .depth = 2,
     .open = queue_open,
+    .prepare = prepare,
     .close = queue_close,
     .memory = memory,
     .alloc = alloc,

@@ -25,12 +25,14 @@ static mil_status try_queue(mil_gpu_report *report, int32_t ordinal)
     mil_queue *queue;
     mil_device_memory memory;
     MIL_TRY(mil_cuda_device.open(&queue, ordinal));
-    tell_kernels(report, queue->path);
-    report->cublaslt_version = mil_cublas_version(queue->cublas);
-    (void)snprintf(report->cublaslt_path, sizeof report->cublaslt_path, "%s",
-                   mil_cublas_path(queue->cublas));
-    mil_status status = mil_cuda_device.memory(queue, &memory);
+    mil_status status = mil_cuda_device.prepare(queue);
+    if (status == MIL_OK)
+        status = mil_cuda_device.memory(queue, &memory);
     if (status == MIL_OK) {
+        tell_kernels(report, queue->path);
+        report->cublaslt_version = mil_cublas_version(queue->cublas);
+        (void)snprintf(report->cublaslt_path, sizeof report->cublaslt_path, "%s",
+                       mil_cublas_path(queue->cublas));
         report->free_bytes = memory.n_free_at_open;
         report->total_bytes = memory.n_total;
     }

@@ -187,8 +187,12 @@ static mil_status open_queues(mil_model *model)
         return mil_fail(MIL_ERR_UNSUPPORTED,
                         "model: vocab_size is %d, expected at most %d on device '%s'",
                         model->config.vocab, max_vocab, model->backend->device->name);
-    for (int32_t rank = 0; rank < model->world; rank++)
-        MIL_TRY(model->backend->device->open(&model->ranks[rank].queue, model->ordinal));
+    const mil_device *device = model->backend->device;
+    for (int32_t rank = 0; rank < model->world; rank++) {
+        MIL_TRY(device->open(&model->ranks[rank].queue, model->ordinal));
+        if (device->prepare != NULL)
+            MIL_TRY(device->prepare(model->ranks[rank].queue));
+    }
     return MIL_OK;
 }
 

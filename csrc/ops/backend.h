@@ -221,6 +221,9 @@ typedef struct mil_device {
 
     /* A queue on device `ordinal`: streams, handles, events. NULL out and MIL_OK on the CPU. */
     mil_status (*open)(struct mil_queue **out, int32_t ordinal);
+    /* Find now what an op finds at its first use: a model's missing library is told before its
+     * weights are read. NULL: there is nothing. */
+    mil_status (*prepare)(struct mil_queue *queue);
     void (*close)(struct mil_queue *queue);
     mil_status (*memory)(struct mil_queue *queue, mil_device_memory *memory);
 

@@ -6,7 +6,11 @@ graphs and threads are what is tried.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +38,7 @@ from milpy.errors import RequestError
 from milpy.ops import bfloat16, from_bfloat16
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -153,6 +158,33 @@ def test_what_is_written_must_be_writable_and_given() -> None:
 def test_a_device_that_is_not_there_is_named() -> None:
     with pytest.raises(Exception, match="cuda:99: found .* expected cuda:0"):
         ops.silu_and_mul(np.ones((2, 16), np.uint16), device="cuda:99")
+
+
+WITHOUT_CUBLASLT = """
+import numpy as np
+from milpy import ops
+x = ops.bfloat16(np.ones((8, 64), np.float32))
+ops.rms_norm(np.ones((8, 64), np.float32), np.ones(64, np.float32), 1e-5, device="cuda")
+print(ops.from_bfloat16(ops.linear(x, x, deterministic=True, device="cuda"))[0, 0])
+ops.linear(x, x, device="cuda")
+"""
+
+
+def test_only_a_product_that_needs_cublaslt_asks_for_it() -> None:
+    """In a process of its own: this one's queues have it."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_CUBLASLT],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "MILPY_CUBLASLT": "/nonexistent/libcublasLt.so",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "64.0\n", done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "EngineError" in last and 'MILPY_CUBLASLT is "/nonexistent/libcublasLt.so"' in last
 
 
 def test_a_vocabulary_beyond_the_devices_is_refused() -> None:

@@ -94,6 +94,9 @@ def bfloat16(x: ArrayLike) -> NDArray[np.uint16]:
 
 def from_bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:
     """float32 of bfloat16 bits (uint16, or ml_dtypes.bfloat16)."""
+    bits = np.asarray(bits)
+    if bits.dtype.name not in ("uint16", "bfloat16"):
+        raise RequestError(f"from_bfloat16: found {bits.dtype}, expected uint16 or bfloat16")
     return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 

@@ -797,3 +797,10 @@ assert (ops.linear(x, weight) == 512).all()
 def test_a_forked_child_has_threads_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_bits_of_another_dtype_are_refused() -> None:
+    """float32, say, which a product gives where it allocates: read as bits it would be zeros."""
+    with pytest.raises(RequestError, match="found float32, expected uint16 or bfloat16"):
+        ops.from_bfloat16(np.ones(4, np.float32))
+    assert ops.from_bfloat16(ops.bfloat16(np.ones(2, np.float32))).tolist() == [1.0, 1.0]

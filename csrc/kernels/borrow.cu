@@ -159,30 +159,6 @@ static void *swap_stream(struct mil_queue *queue, void *stream)
     return was;
 }
 
-/* The queue's device is current: the call must not wake another one. */
-static mil_status exchange(struct mil_queue *queue, enum cudaStreamCaptureMode *mode)
-{
-    void *was;
-    MIL_TRY(mil_cuda_enter(queue, &was));
-    return mil_cuda_leave(
-        queue, was,
-        mil_cuda_status(cudaThreadExchangeStreamCaptureMode(mode), "relaxing captures"));
-}
-
-static mil_status relax_capture(struct mil_queue *queue, int32_t *mode)
-{
-    enum cudaStreamCaptureMode relaxed = cudaStreamCaptureModeRelaxed;
-    MIL_TRY(exchange(queue, &relaxed));
-    *mode = (int32_t)relaxed;
-    return MIL_OK;
-}
-
-static void restore_capture(struct mil_queue *queue, int32_t mode)
-{
-    enum cudaStreamCaptureMode own = (enum cudaStreamCaptureMode)mode;
-    (void)exchange(queue, &own);
-}
-
 static unsigned blocks_of(int64_t n)
 {
     return (unsigned)((n + BLOCK - 1) / BLOCK);
@@ -239,6 +215,5 @@ static mil_status plan_attention(mil_context *context, const mil_begin_args *arg
 }
 
 extern "C" const mil_borrow mil_cuda_borrow = {
-    swap_stream, relax_capture, restore_capture, fill,           write_modules,
-    gather_v,    spread_v,      tell_samples,    plan_attention,
+    swap_stream, fill, write_modules, gather_v, spread_v, tell_samples, plan_attention,
 };

@@ -196,13 +196,7 @@ mil_status mil_cuda_leave(const mil_queue *queue, void *was, mil_status status)
     return status;
 }
 
-/* A call that is no op: what a capture forbids to other threads is allowed while it runs. */
-typedef struct call {
-    void *was;
-    enum cudaStreamCaptureMode mode;
-} call;
-
-static mil_status begin_call(const mil_queue *queue, call *it)
+mil_status mil_cuda_begin_call(const mil_queue *queue, mil_cuda_call *it)
 {
     MIL_TRY(mil_cuda_enter(queue, &it->was));
     it->mode = cudaStreamCaptureModeRelaxed;
@@ -210,7 +204,7 @@ static mil_status begin_call(const mil_queue *queue, call *it)
     return MIL_OK;
 }
 
-static mil_status end_call(const mil_queue *queue, call *it, mil_status status)
+mil_status mil_cuda_end_call(const mil_queue *queue, mil_cuda_call *it, mil_status status)
 {
     (void)cudaThreadExchangeStreamCaptureMode(&it->mode);
     return mil_cuda_leave(queue, it->was, status);
@@ -316,21 +310,21 @@ static mil_status fill_queue(mil_queue *queue)
 
 static void queue_close(struct mil_queue *queue)
 {
-    call it;
+    mil_cuda_call it;
     if (queue == NULL)
         return;
     const mil_queue gone = {.context = queue->context, .set_context = queue->set_context};
-    bool is_entered = begin_call(queue, &it) == MIL_OK;
+    bool is_entered = mil_cuda_begin_call(queue, &it) == MIL_OK;
     destroy(queue);
     if (is_entered)
-        (void)end_call(&gone, &it, MIL_OK);
+        (void)mil_cuda_end_call(&gone, &it, MIL_OK);
 }
 
 static mil_status queue_open(struct mil_queue **out, int32_t ordinal)
 {
     int32_t n_devices;
     mil_queue *queue;
-    call it;
+    mil_cuda_call it;
     MIL_TRY(mil_cuda_count(&n_devices));
     if (ordinal < 0 || ordinal >= n_devices)
         return mil_fail(MIL_ERR_DEVICE, "cuda:%d: found %d device%s, expected cuda:0..%d", ordinal,
@@ -342,9 +336,9 @@ static mil_status queue_open(struct mil_queue **out, int32_t ordinal)
         mil_free(queue);
         return status;
     }
-    status = begin_call(queue, &it);
+    status = mil_cuda_begin_call(queue, &it);
     if (status == MIL_OK)
-        status = end_call(queue, &it, fill_queue(queue));
+        status = mil_cuda_end_call(queue, &it, fill_queue(queue));
     if (status != MIL_OK) {
         queue_close(queue); /* in its own context: none is made elsewhere */
         return status;
@@ -355,24 +349,24 @@ static mil_status queue_open(struct mil_queue **out, int32_t ordinal)
 
 static mil_status prepare(struct mil_queue *queue)
 {
-    call it;
-    MIL_TRY(begin_call(queue, &it));
-    return end_call(queue, &it, mil_cublas_open(queue));
+    mil_cuda_call it;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    return mil_cuda_end_call(queue, &it, mil_cublas_open(queue));
 }
 
 /* ---- memory ---- */
 
 static mil_status memory(struct mil_queue *queue, mil_device_memory *memory)
 {
-    call it;
+    mil_cuda_call it;
     size_t is_free = 0, total = 0;
-    MIL_TRY(begin_call(queue, &it));
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
     mil_status status = mil_cuda_status(cudaMemGetInfo(&is_free, &total), "cudaMemGetInfo");
     memory->name = queue->label;
     memory->n_free = is_free;
     memory->n_total = total;
     memory->n_free_at_open = queue->n_free_at_open;
-    return end_call(queue, &it, status);
+    return mil_cuda_end_call(queue, &it, status);
 }
 
 static mil_status no_memory(const mil_queue *queue, size_t n_bytes, const char *what)
@@ -407,22 +401,22 @@ static mil_status take(mil_queue *queue, mil_slab *slab, size_t n_bytes, const c
 
 static mil_status alloc(struct mil_queue *queue, mil_slab *slab, size_t n_bytes, const char *what)
 {
-    call it;
+    mil_cuda_call it;
     memset(slab, 0, sizeof *slab);
-    MIL_TRY(begin_call(queue, &it));
-    return end_call(queue, &it, take(queue, slab, n_bytes, what));
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    return mil_cuda_end_call(queue, &it, take(queue, slab, n_bytes, what));
 }
 
 static void give_back(struct mil_queue *queue, mil_slab *slab)
 {
-    call it;
+    mil_cuda_call it;
     if (slab->data == NULL)
         return;
-    if (begin_call(queue, &it) == MIL_OK) {
+    if (mil_cuda_begin_call(queue, &it) == MIL_OK) {
         /* After a fault every call fails; the memory went with the context. */
         if (cudaFree(slab->data) != cudaSuccess)
             (void)cudaGetLastError();
-        (void)end_call(queue, &it, MIL_OK);
+        (void)mil_cuda_end_call(queue, &it, MIL_OK);
     }
     memset(slab, 0, sizeof *slab);
 }
@@ -430,10 +424,10 @@ static void give_back(struct mil_queue *queue, mil_slab *slab)
 static mil_status alloc_host(struct mil_queue *queue, mil_slab *slab, size_t n_bytes,
                              const char *what)
 {
-    call it;
+    mil_cuda_call it;
     void *data = NULL;
     memset(slab, 0, sizeof *slab);
-    MIL_TRY(begin_call(queue, &it));
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
     unsigned flags = cudaHostAllocPortable | cudaHostAllocMapped;
     cudaError_t error =
         mil_memory_refuses() ? cudaErrorMemoryAllocation : cudaHostAlloc(&data, n_bytes, flags);
@@ -449,18 +443,18 @@ static mil_status alloc_host(struct mil_queue *queue, mil_slab *slab, size_t n_b
         memset(data, 0, n_bytes);
         *slab = (mil_slab){data, n_bytes};
     }
-    return end_call(queue, &it, status);
+    return mil_cuda_end_call(queue, &it, status);
 }
 
 static void free_host(struct mil_queue *queue, mil_slab *slab)
 {
-    call it;
+    mil_cuda_call it;
     if (slab->data == NULL)
         return;
-    if (begin_call(queue, &it) == MIL_OK) {
+    if (mil_cuda_begin_call(queue, &it) == MIL_OK) {
         if (cudaFreeHost(slab->data) != cudaSuccess)
             (void)cudaGetLastError();
-        (void)end_call(queue, &it, MIL_OK);
+        (void)mil_cuda_end_call(queue, &it, MIL_OK);
     }
     memset(slab, 0, sizeof *slab);
 }
@@ -480,12 +474,12 @@ static mil_status drained(const mil_queue *queue, cudaError_t error)
 static mil_status copy(mil_queue *queue, void *to, const void *from, size_t n_bytes,
                        enum cudaMemcpyKind kind, cudaStream_t stream)
 {
-    call it;
-    MIL_TRY(begin_call(queue, &it));
+    mil_cuda_call it;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
     cudaError_t error = cudaMemcpyAsync(to, from, n_bytes, kind, stream);
     if (error == cudaSuccess)
         error = cudaStreamSynchronize(stream);
-    return end_call(queue, &it, drained(queue, error));
+    return mil_cuda_end_call(queue, &it, drained(queue, error));
 }
 
 static mil_status copy_in(struct mil_queue *queue, void *device, const void *host, size_t n_bytes)
@@ -518,46 +512,71 @@ static mil_status fill_16(struct mil_queue *queue, void *device, uint16_t word, 
 static mil_status poison(struct mil_queue *queue, void *device, size_t n_bytes, size_t n_blocks,
                          size_t stride_bytes)
 {
-    call it;
+    mil_cuda_call it;
     cudaError_t error = cudaSuccess;
-    MIL_TRY(begin_call(queue, &it));
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
     for (size_t i = 0; i < n_blocks && error == cudaSuccess; i++)
         error = cudaMemsetAsync((char *)device + i * stride_bytes, 0xff, n_bytes, queue->copies);
     if (error == cudaSuccess)
         error = cudaStreamSynchronize(queue->copies);
-    return end_call(queue, &it, drained(queue, error));
+    return mil_cuda_end_call(queue, &it, drained(queue, error));
 }
 
 static mil_status synchronize(struct mil_queue *queue)
 {
-    call it;
-    MIL_TRY(begin_call(queue, &it));
-    return end_call(queue, &it, drained(queue, cudaStreamSynchronize(queue->stream)));
+    mil_cuda_call it;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    return mil_cuda_end_call(queue, &it, drained(queue, cudaStreamSynchronize(queue->stream)));
 }
 
 static mil_status record(struct mil_queue *queue, int32_t index)
 {
-    call it;
-    MIL_TRY(begin_call(queue, &it));
+    mil_cuda_call it;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
     cudaError_t error = cudaEventRecord(queue->fences[index], queue->stream);
-    return end_call(queue, &it, mil_cuda_status(error, "recording a fence"));
+    return mil_cuda_end_call(queue, &it, mil_cuda_status(error, "recording a fence"));
 }
 
 static mil_status wait(struct mil_queue *queue, int32_t index)
 {
-    call it;
-    MIL_TRY(begin_call(queue, &it));
-    return end_call(queue, &it, drained(queue, cudaEventSynchronize(queue->fences[index])));
+    mil_cuda_call it;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    return mil_cuda_end_call(queue, &it,
+                             drained(queue, cudaEventSynchronize(queue->fences[index])));
 }
 
 /* ---- graphs ---- */
 
+/* The queue's device is current: the call must not wake another one. */
+static mil_status exchange(const mil_queue *queue, enum cudaStreamCaptureMode *mode)
+{
+    void *was;
+    MIL_TRY(mil_cuda_enter(queue, &was));
+    return mil_cuda_leave(
+        queue, was,
+        mil_cuda_status(cudaThreadExchangeStreamCaptureMode(mode), "relaxing captures"));
+}
+
+static mil_status relax_capture(struct mil_queue *queue, int32_t *mode)
+{
+    enum cudaStreamCaptureMode relaxed = cudaStreamCaptureModeRelaxed;
+    MIL_TRY(exchange(queue, &relaxed));
+    *mode = (int32_t)relaxed;
+    return MIL_OK;
+}
+
+static void restore_capture(struct mil_queue *queue, int32_t mode)
+{
+    enum cudaStreamCaptureMode own = (enum cudaStreamCaptureMode)mode;
+    (void)exchange(queue, &own);
+}
+
 static mil_status capture_begin(struct mil_queue *queue)
 {
-    call it;
-    MIL_TRY(begin_call(queue, &it));
+    mil_cuda_call it;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
     cudaError_t error = cudaStreamBeginCapture(queue->stream, cudaStreamCaptureModeThreadLocal);
-    return end_call(queue, &it, mil_cuda_status(error, "beginning a capture"));
+    return mil_cuda_end_call(queue, &it, mil_cuda_status(error, "beginning a capture"));
 }
 
 /* Uploaded now, so that its first launch costs no more than the next. */
@@ -596,9 +615,9 @@ static mil_status end_capture(mil_queue *queue, struct mil_graph **out)
 
 static mil_status capture_end(struct mil_queue *queue, struct mil_graph **out)
 {
-    call it;
-    MIL_TRY(begin_call(queue, &it));
-    return end_call(queue, &it, end_capture(queue, out));
+    mil_cuda_call it;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    return mil_cuda_end_call(queue, &it, end_capture(queue, out));
 }
 
 static mil_status graph_launch(struct mil_queue *queue, struct mil_graph *graph)
@@ -613,13 +632,13 @@ static mil_status graph_launch(struct mil_queue *queue, struct mil_graph *graph)
 
 static void graph_free(struct mil_queue *queue, struct mil_graph *graph)
 {
-    call it;
+    mil_cuda_call it;
     if (graph == NULL)
         return;
-    bool is_entered = begin_call(queue, &it) == MIL_OK;
+    bool is_entered = mil_cuda_begin_call(queue, &it) == MIL_OK;
     free_graph(graph);
     if (is_entered)
-        (void)end_call(queue, &it, MIL_OK);
+        (void)mil_cuda_end_call(queue, &it, MIL_OK);
 }
 
 const mil_device mil_cuda_device = {
@@ -642,6 +661,8 @@ const mil_device mil_cuda_device = {
     .synchronize = synchronize,
     .record = record,
     .wait = wait,
+    .relax_capture = relax_capture,
+    .restore_capture = restore_capture,
     .capture_begin = capture_begin,
     .capture_end = capture_end,
     .graph_launch = graph_launch,

@@ -19,6 +19,17 @@ mil_status mil_cuda_enter(const mil_queue *queue, void **was) MIL_WARN_UNUSED;
 /* Put `was` back; returns status. */
 mil_status mil_cuda_leave(const mil_queue *queue, void *was, mil_status status) MIL_WARN_UNUSED;
 
+/* A call that is no op: on the right device, and what a capture forbids to other threads is allowed
+ * while it runs. */
+typedef struct mil_cuda_call {
+    void *was;
+    enum cudaStreamCaptureMode mode;
+} mil_cuda_call;
+
+mil_status mil_cuda_begin_call(const mil_queue *queue, mil_cuda_call *it) MIL_WARN_UNUSED;
+/* Returns status. */
+mil_status mil_cuda_end_call(const mil_queue *queue, mil_cuda_call *it, mil_status status);
+
 /* mil_backend's pack and pack_dummy. */
 mil_status mil_cuda_pack(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,
                          int32_t n_rows, void *src, mil_dtype dtype, int64_t src_stride);

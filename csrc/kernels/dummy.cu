@@ -46,7 +46,7 @@ extern "C" mil_status mil_cuda_pack_dummy(struct mil_queue *queue, mil_weight *w
                                           int32_t row, int32_t n_rows, uint64_t stream,
                                           uint64_t begin, int64_t stride)
 {
-    void *was;
+    mil_cuda_call it;
     dummy_params p = {};
     if (n_rows == 0)
         return MIL_OK;
@@ -61,6 +61,6 @@ extern "C" mil_status mil_cuda_pack_dummy(struct mil_queue *queue, mil_weight *w
     p.n_parts = weight->n_parts;
     p.interleave = weight->interleave;
     p.part_begin = weight->interleave > 0 ? 0 : mil_weight_row(weight, part, 0);
-    MIL_TRY(mil_cuda_enter(queue, &was));
-    return mil_cuda_leave(queue, was, launch(&p));
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    return mil_cuda_end_call(queue, &it, launch(&p));
 }

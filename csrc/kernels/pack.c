@@ -57,9 +57,9 @@ static mil_status send(const mil_weight *weight, int32_t part, int32_t row, int3
 mil_status mil_cuda_pack(struct mil_queue *queue, mil_weight *weight, int32_t part, int32_t row,
                          int32_t n_rows, void *src, mil_dtype dtype, int64_t src_stride)
 {
-    void *was;
+    mil_cuda_call it;
     if (dtype != MIL_DTYPE_BF16 || src_stride != weight->K)
         narrow(src, dtype, src_stride, n_rows, weight->K);
-    MIL_TRY(mil_cuda_enter(queue, &was));
-    return mil_cuda_leave(queue, was, send(weight, part, row, n_rows, src));
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    return mil_cuda_end_call(queue, &it, send(weight, part, row, n_rows, src));
 }

@@ -261,14 +261,11 @@ static void aim_at(mil_runner *runner, const ring_entry *entry)
 
 /* ---- pages ---- */
 
-static mil_status prepare_steps(mil_runner *runner)
+/* Every kernel of a step runs once, every decode step is captured. */
+static mil_status warm_up(mil_runner *runner)
 {
     mil_model *model = runner->model;
     mil_status status = MIL_OK;
-    if (model->backend->device->is_host)
-        return MIL_OK;
-    /* The queue is the model's: what another driver put on it meanwhile would be captured too. */
-    pthread_mutex_lock(&model->step_lock);
     aim_at(runner, &runner->ring[0]);
     if (!runner->is_warm)
         status = mil_warmup_kernels(&runner->step);
@@ -280,6 +277,26 @@ static mil_status prepare_steps(mil_runner *runner)
     if (status == MIL_OK)
         status = model->backend->device->synchronize(model->ranks[0].queue);
     runner->capture_ns += runner->options.has_graphs ? mil_clock_ns() - begin : 0;
+    return status;
+}
+
+static mil_status prepare_steps(mil_runner *runner)
+{
+    mil_model *model = runner->model;
+    const mil_device *device = model->backend->device;
+    struct mil_queue *queue = model->ranks[0].queue;
+    int32_t mode = 0;
+    if (device->is_host)
+        return MIL_OK;
+    /* The queue is the model's: what another driver put on it meanwhile would be captured too. */
+    pthread_mutex_lock(&model->step_lock);
+    mil_status status =
+        device->relax_capture != NULL ? device->relax_capture(queue, &mode) : MIL_OK;
+    if (status == MIL_OK) {
+        status = warm_up(runner);
+        if (device->restore_capture != NULL)
+            device->restore_capture(queue, mode);
+    }
     pthread_mutex_unlock(&model->step_lock);
     runner->is_dead = runner->is_dead || status != MIL_OK;
     return status;

@@ -255,6 +255,11 @@ typedef struct mil_device {
     mil_status (*record)(struct mil_queue *queue, int32_t index);
     mil_status (*wait)(struct mil_queue *queue, int32_t index);
 
+    /* From here on this thread may do what a capture forbids, be it its own or another thread's:
+     * the first launch of a kernel loads it. *mode: to be given back. NULL where there are no
+     * graphs. */
+    mil_status (*relax_capture)(struct mil_queue *queue, int32_t *mode);
+    void (*restore_capture)(struct mil_queue *queue, int32_t mode);
     /* Between begin and end, ops are noted and not run. NULL where there are no graphs. */
     mil_status (*capture_begin)(struct mil_queue *queue);
     mil_status (*capture_end)(struct mil_queue *queue, struct mil_graph **out);

@@ -84,10 +84,6 @@ typedef struct mil_borrow {
      * caller's kernel may have written them.
      */
     void *(*swap_stream)(struct mil_queue *queue, void *stream);
-    /* From here on this thread may do what a capture forbids, be it its own or another thread's:
-     * the first launch of a kernel loads it. *mode: to be given back. NULL on a host. */
-    mil_status (*relax_capture)(struct mil_queue *queue, int32_t *mode);
-    void (*restore_capture)(struct mil_queue *queue, int32_t mode);
     mil_status (*fill)(struct mil_queue *queue, const mil_borrow_fill *args);
     mil_status (*write_modules)(struct mil_queue *queue, const mil_borrow_modules *args);
     /* plain = what shrink left, summed and scaled. */

@@ -124,7 +124,8 @@ static mil_status lend_thread(mil_place *place)
 {
     if (place->context.pool != NULL)
         return mil_pool_enter(place->context.pool, &place->saved);
-    return place->borrow->relax_capture(place->context.queue, &place->capture_mode);
+    return place->context.backend->device->relax_capture(place->context.queue,
+                                                         &place->capture_mode);
 }
 
 static void give_thread_back(mil_place *place)
@@ -132,7 +133,7 @@ static void give_thread_back(mil_place *place)
     if (place->context.pool != NULL)
         mil_pool_leave(place->context.pool, &place->saved);
     else
-        place->borrow->restore_capture(place->context.queue, place->capture_mode);
+        place->context.backend->device->restore_capture(place->context.queue, place->capture_mode);
 }
 
 mil_status mil_place_enter(mil_place *place)

@@ -266,6 +266,43 @@ def test_the_first_call_of_a_process_may_meet_a_capture(torch: Any, where: str) 
     assert done.returncode == 0, done.stderr
 
 
+LLM_BESIDE = """
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from milpy import LLM, SamplingParams, demo
+
+def answer():
+    with LLM(demo.BASE, adapters=demo.ADAPTERS, device="cuda", progress=False,
+             kv_cache_bytes=32 << 20) as llm:
+        params = SamplingParams(temperature=0, max_tokens=8)
+        (output,) = llm.generate([[5, 6, 7]], params, adapter=[next(iter(demo.ADAPTERS))],
+                                use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+x, graph = torch.ones(8, device="cuda") + 1, torch.cuda.CUDAGraph()
+torch.cuda.synchronize()
+with ThreadPoolExecutor(1) as pool, torch.cuda.graph(graph):
+    y = x + 1
+    found = pool.submit(answer).result()
+    y += 1
+graph.replay()
+torch.cuda.synchronize()
+assert bool((y == 4).all())
+assert found == answer(), found
+"""
+
+
+def test_an_llm_is_made_and_answers_while_torch_captures_in_another_thread(torch: Any) -> None:
+    """The first of its process: weights are copied, kernels loaded, graphs captured meanwhile."""
+    if not demo.BASE.is_dir():
+        pytest.skip(f"no demo model in {demo.BASE}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", LLM_BESIDE], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # ---- the current device ----
 
 

@@ -6,12 +6,16 @@
 # not there and MILPY_TEST_GPU is not 1, it says so and ends with 77. Where all that racecheck has
 # against a file are hazards inside cuBLAS's own kernels, they are told and do not count.
 #
+# Memcheck and initcheck are given bare arrays (tests/shim/shim_bare.c): guards and fills would hide
+# from them what they look for. MILPY_SHIM_BARE=0 or 1 says it for every tool.
+#
 #   tools/sanitize.sh [test files, by default those of tests/kernels that hold such a test]
 #   TOOLS=racecheck tools/sanitize.sh tests/kernels/test_attention_small.py
 cd "$(dirname "$0")/.." || exit 1
 export PYTHON="${PYTHON:-python3}"
-limit_s=1800 # for one process
-most=60      # lines shown of a log
+limit_s=1800  # for one process
+most=60       # lines shown of a log
+padding=65536 # bytes that memcheck adds behind each allocation: the next one may begin right there
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 
 # What racecheck found in a log, each pair of places once.
@@ -34,8 +38,11 @@ all_inside_cublas() {
 if [ "$1" = --one ]; then
     log=$2/$3-$(basename "$4" .py)
     began=$(date +%s)
+    options=
+    case $3 in memcheck | initcheck) export MILPY_SHIM_BARE="${MILPY_SHIM_BARE:-1}" ;; esac
+    [ "$3" = memcheck ] && options="--padding $padding"
     # Both paths launch the same kernels here: the shapes see to it.
-    timeout $limit_s compute-sanitizer --tool "$3" --error-exitcode 9 --target-processes all \
+    timeout $limit_s compute-sanitizer --tool "$3" $options --error-exitcode 9 --target-processes all \
         "$PYTHON" -m pytest -q -p no:cacheprovider -m sanitize -k "not cuda-portable" "$4" \
         >"$log" 2>&1 && word=ok || word="FAILED ($?)"
     note=

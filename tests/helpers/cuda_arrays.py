@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,8 @@ from helpers.dlpack import CUDA, Producer
 Array = NDArray[Any]
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1
 _CHUNK = 2 << 20  # what the driver deals memory out by
-_GUARD, _KNOWN = 256, 0xA5  # bytes on each side of an array, and what they hold
+# Bytes on each side of an array, and what they hold. None where a tool watches the very ends.
+_GUARD, _KNOWN = 0 if os.environ.get("MILPY_SHIM_BARE") == "1" else 256, 0xA5
 
 
 @functools.cache
@@ -39,15 +41,16 @@ def _call(name: str, *arguments: Any) -> None:
 
 class DeviceArray(Producer):
     """A copy of a NumPy array on device 0, uint16 for bfloat16; freed with the process. The bytes
-    around it are known, so that a write outside is seen. Tells no stream: a type that does is made
-    by adding __dlpack_c_exchange_api__."""
+    around it are known, so that a write outside is seen; with MILPY_SHIM_BARE=1 there are none, and
+    it is an allocation of exactly its size. Tells no stream: a type that does is made by adding
+    __dlpack_c_exchange_api__."""
 
     def __init__(self, array: Array, *, offset: int = 0, flags: int = 0) -> None:
         array = np.ascontiguousarray(array)
         memory = ct.c_void_p()
-        self._n_around = _GUARD + offset
-        _call("cuMemAlloc_v2", ct.byref(memory), ct.c_size_t(array.nbytes + 2 * self._n_around))
-        start = int(memory.value or 0) + self._n_around
+        n_taken = max(1, _GUARD + offset + array.nbytes + _GUARD)
+        _call("cuMemAlloc_v2", ct.byref(memory), ct.c_size_t(n_taken))
+        start = int(memory.value or 0) + _GUARD + offset
         super().__init__(start, array.shape, array.dtype, device=(CUDA, 0), flags=flags)
         self._guards = [(start - _GUARD, _GUARD), (start + array.nbytes, _GUARD)]
         for address, n_bytes in self._guards:

@@ -91,6 +91,34 @@ const char *shim_cuda_paths(void)
     return forced != NULL && forced[0] != '\0' ? "cuda-portable" : "cuda cuda-portable";
 }
 
+/* ---- memory ---- */
+
+static const mil_device *device_of(const shim *s)
+{
+    return s->context.backend->device;
+}
+
+/* Of what is taken: whole 16-bit words and a guard, or the very bytes. */
+static size_t guarded(const shim *s, size_t n_bytes, size_t guard_bytes)
+{
+    return s->is_bare ? n_bytes : mil_round_up(n_bytes, 2) + guard_bytes;
+}
+
+static mil_status take(shim *s, mil_slab *slab, size_t n_bytes, const char *what)
+{
+    if (s->is_bare)
+        return shim_bare_take(device_of(s)->is_host, slab, n_bytes, what);
+    return device_of(s)->alloc(s->context.queue, slab, n_bytes, what);
+}
+
+static void give(shim *s, mil_slab *slab)
+{
+    if (s->is_bare)
+        shim_bare_give(device_of(s)->is_host, slab);
+    else
+        device_of(s)->free(s->context.queue, slab);
+}
+
 /* ---- a context ---- */
 
 void shim_free(shim *s)
@@ -100,8 +128,8 @@ void shim_free(shim *s)
     const mil_backend *backend = s->context.backend;
     mil_pool_free(s->context.pool);
     if (backend != NULL) {
-        backend->device->free(s->context.queue, &s->workspace);
-        backend->device->free(s->context.queue, &s->step_data);
+        give(s, &s->workspace);
+        give(s, &s->step_data);
         backend->device->close(s->context.queue);
     }
     free(s);
@@ -110,15 +138,12 @@ void shim_free(shim *s)
 static mil_status size(shim *s)
 {
     mil_context *context = &s->context;
-    const mil_device *device = context->backend->device;
-    device->free(context->queue, &s->workspace);
-    device->free(context->queue, &s->step_data);
+    give(s, &s->workspace);
+    give(s, &s->step_data);
     context->workspace_bytes = context->backend->workspace_bytes(&s->maxima);
     context->step_bytes = context->backend->step_bytes(&s->maxima);
-    MIL_TRY(device->alloc(context->queue, &s->workspace, context->workspace_bytes + GUARD_BYTES,
-                          "workspace"));
-    MIL_TRY(device->alloc(context->queue, &s->step_data, context->step_bytes + GUARD_BYTES,
-                          "step data"));
+    MIL_TRY(take(s, &s->workspace, guarded(s, context->workspace_bytes, GUARD_BYTES), "workspace"));
+    MIL_TRY(take(s, &s->step_data, guarded(s, context->step_bytes, GUARD_BYTES), "step data"));
     context->workspace = s->workspace.data;
     context->step_data = s->step_data.data;
     return MIL_OK;
@@ -132,6 +157,7 @@ mil_status shim_create(shim **out, const char *isa, int32_t n_threads, const mil
         return mil_fail(MIL_ERR_MEMORY, "shim: no memory");
     s->maxima = *maxima;
     s->maxima.n_threads = n_threads;
+    MIL_TRY_GOTO(shim_bare_is_asked(&s->is_bare), failed);
     MIL_TRY_GOTO(find(s, isa), failed);
     if (s->context.backend->device->is_host)
         MIL_TRY_GOTO(mil_pool_create(&s->context.pool, n_threads, NULL), failed);
@@ -192,11 +218,6 @@ size_t shim_product_bytes(const shim *s)
 
 /* ---- loans ---- */
 
-static const mil_device *device_of(const shim *s)
-{
-    return s->context.backend->device;
-}
-
 /* One row of the host at `first` of the device; a row alone when they lie close. */
 static mil_status copy_rows(shim *s, const shim_loan *loan, bool is_in)
 {
@@ -215,10 +236,15 @@ static mil_status copy_rows(shim *s, const shim_loan *loan, bool is_in)
 
 static mil_status start_loan(shim *s, shim_loan *loan)
 {
-    size_t n_bytes = mil_round_up(loan->shape.n_bytes, 2) + LOAN_GUARD_BYTES;
-    MIL_TRY(device_of(s)->alloc(s->context.queue, &loan->slab, n_bytes, "a test's array"));
-    MIL_TRY(device_of(s)->fill_16(s->context.queue, loan->slab.data, 0xffff, n_bytes / 2));
-    MIL_TRY(device_of(s)->synchronize(s->context.queue)); /* copies wait for no op */
+    const mil_device *device = device_of(s);
+    const shim_shape *shape = &loan->shape;
+    size_t n_bytes = guarded(s, shape->n_bytes, LOAN_GUARD_BYTES);
+    bool is_padded = shape->n_bytes > shape->n_rows * shape->row_bytes;
+    MIL_TRY(take(s, &loan->slab, n_bytes, "a test's array"));
+    /* Padding of what comes in is never bare: an op may read it. */
+    if (!s->is_bare || (is_padded && loan->how & SHIM_IN))
+        MIL_TRY(device->fill_16(s->context.queue, loan->slab.data, 0xffff, n_bytes / 2));
+    MIL_TRY(device->synchronize(s->context.queue)); /* copies wait for no op */
     return loan->how & SHIM_IN ? copy_rows(s, loan, true) : MIL_OK;
 }
 
@@ -229,7 +255,7 @@ void *shim_lend_shaped(shim *s, const void *host, shim_shape shape, int32_t how)
         return NULL;
     if (host == NULL && how != 0)
         return NULL;
-    if (device_of(s)->is_host && is_same && host != NULL)
+    if (device_of(s)->is_host && !s->is_bare && is_same && host != NULL)
         return (void *)(uintptr_t)host;
     if (s->n_loans == SHIM_MAX_LOANS) {
         s->status = mil_fail(MIL_ERR_INTERNAL, "shim: more than %d arrays", SHIM_MAX_LOANS);
@@ -268,7 +294,9 @@ void *shim_take_pinned(shim *s, size_t n_bytes)
     if (s->status != MIL_OK)
         return NULL;
     mil_slab *slab = &s->pinned[s->n_pinned++];
-    s->status = device_of(s)->alloc_host(s->context.queue, slab, n_bytes, "a test's plan");
+    s->status = device_of(s)->is_host /* where all memory is of one kind */
+                    ? take(s, slab, n_bytes, "a test's plan")
+                    : device_of(s)->alloc_host(s->context.queue, slab, n_bytes, "a test's plan");
     return slab->data;
 }
 
@@ -290,11 +318,14 @@ static mil_status end_loans(shim *s)
     const mil_context *context = &s->context;
     for (int32_t i = 0; i < s->n_loans; i++) {
         const shim_loan *loan = &s->loans[i];
-        size_t n_bytes = mil_round_up(loan->shape.n_bytes, 2);
-        MIL_TRY(check_guard(s, (char *)loan->slab.data + n_bytes, LOAN_GUARD_BYTES, "array", i));
+        const char *end = (char *)loan->slab.data + mil_round_up(loan->shape.n_bytes, 2);
+        if (!s->is_bare)
+            MIL_TRY(check_guard(s, end, LOAN_GUARD_BYTES, "array", i));
         if (loan->how & SHIM_BACK)
             MIL_TRY(copy_rows(s, loan, false));
     }
+    if (s->is_bare)
+        return MIL_OK;
     MIL_TRY(check_guard(s, (char *)context->workspace + context->workspace_bytes, GUARD_BYTES,
                         "workspace", 0));
     return check_guard(s, (char *)context->step_data + context->step_bytes, GUARD_BYTES,
@@ -304,9 +335,12 @@ static mil_status end_loans(shim *s)
 static void take_back(shim *s)
 {
     for (int32_t i = 0; i < s->n_loans; i++)
-        device_of(s)->free(s->context.queue, &s->loans[i].slab);
+        give(s, &s->loans[i].slab);
     for (int32_t i = 0; i < s->n_pinned; i++)
-        device_of(s)->free_host(s->context.queue, &s->pinned[i]);
+        if (device_of(s)->is_host)
+            give(s, &s->pinned[i]);
+        else
+            device_of(s)->free_host(s->context.queue, &s->pinned[i]);
     s->n_loans = s->n_pinned = 0;
     s->status = MIL_OK;
 }
@@ -326,7 +360,7 @@ mil_status shim_enter(shim *s)
 {
     mil_status status = s->status;
     if (status == MIL_OK)
-        status = poison(s);
+        status = s->is_bare ? size(s) : poison(s);
     if (status == MIL_OK && s->context.pool != NULL)
         status = mil_pool_enter(s->context.pool, &s->saved);
     if (status == MIL_OK && s->is_captured)

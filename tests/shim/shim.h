@@ -4,7 +4,12 @@
  * for, filled with NaN beforehand so that nothing can lean on what it held. What Python passes is
  * host memory. An op is lent each array: in place where the device reads host memory, else as a
  * copy in device memory of its own with a guard behind it, which is copied back where the op
- * writes. */
+ * writes.
+ *
+ * With MILPY_SHIM_BARE=1 all of that memory is bare (shim_bare.c), on the host as well: no guards,
+ * no NaN, new for every op. What comes in is written, a bucket's padding of it too, since an op may
+ * read that; what only comes back is not, and neither are workspace, step_data, and a plan that
+ * `begin` brings. */
 #pragma once
 
 #include "base/threads.h"
@@ -13,7 +18,8 @@
 #define SHIM __attribute__((visibility("default")))
 #define SHIM_MAX_LOANS 1024
 
-/* How an array is lent: its content goes in, comes back, or both. Without SHIM_IN it holds NaN. */
+/* How an array is lent: its content goes in, comes back, or both. Without SHIM_IN it holds NaN, or
+ * nothing where memory is bare. */
 enum { SHIM_IN = 1, SHIM_BACK = 2, SHIM_BOTH = 3 };
 
 /* n_rows dense rows of the host, row i at first_bytes + i * stride_bytes of n_bytes on the device.
@@ -35,6 +41,7 @@ typedef struct shim {
     mil_maxima maxima;
     mil_slab workspace, step_data;
     mil_thread_state saved;
+    bool is_bare;      /* MILPY_SHIM_BARE */
     bool is_captured;  /* ops go through a graph: captured, launched once */
     mil_status status; /* of what was lent since the last op */
     int32_t n_loans;
@@ -49,15 +56,24 @@ void *shim_lend_shaped(shim *s, const void *host, shim_shape shape, int32_t how)
 /* n rows of the host and, behind them, NaN up to n_on_device rows: a bucket's padding. */
 void *shim_lend_rows(shim *s, const void *host, int64_t n, int64_t n_on_device, size_t row_bytes,
                      int32_t how);
-/* Device memory of n_bytes (0xff in all of them), and host memory that the device reads. */
+/* Device memory of n_bytes (0xff in all of them, unless bare), and host memory that the device
+ * reads. */
 void *shim_take(shim *s, size_t n_bytes);
 void *shim_take_pinned(shim *s, size_t n_bytes);
 size_t shim_product_bytes(const shim *s);
 
-/* Poison the workspace and enter the pool; every op stands between these two. leave waits for the
- * op, checks the guards, copies back and takes all loans back; the first failure is returned. */
+/* Poison the workspace (bare: take it anew) and enter the pool; every op stands between these two.
+ * leave waits for the op, checks the guards, copies back and takes all loans back; the first
+ * failure is returned. */
 mil_status shim_enter(shim *s);
 mil_status shim_leave(shim *s, mil_status status);
+
+/* ---- shim_bare.c ---- */
+
+mil_status shim_bare_is_asked(bool *is_bare);
+/* Caller gives it back, through shim_bare_give. is_host: malloc's, else cudaMalloc's. */
+mil_status shim_bare_take(bool is_host, mil_slab *slab, size_t n_bytes, const char *what);
+void shim_bare_give(bool is_host, mil_slab *slab); /* a zeroed slab is fine */
 
 /* ---- shim_batch.c: plans ---- */
 
@@ -98,8 +114,10 @@ typedef struct shim_step {
     mil_slots slots;
 } shim_step;
 
-/* The plan of a batch where ops read it. Slots are lent for the same call. extras may be NULL. */
-void shim_lend_batch(shim *s, shim_step *to, const shim_batch *from, const shim_extras *extras);
+/* The plan of a batch where ops read it. Slots are lent for the same call. extras may be NULL.
+ * begins: the op is begin, or follows it, so that bare memory of the plan is left to that. */
+void shim_lend_batch(shim *s, shim_step *to, const shim_batch *from, const shim_extras *extras,
+                     bool begins);
 /* Another batch in the same plan, of the same limits; begin brings it to the device. */
 void shim_fill_plan(shim_step *to, const shim_batch *from, const shim_extras *extras);
 mil_kv shim_lend_kv(shim *s, const shim_kv *from, int32_t how);

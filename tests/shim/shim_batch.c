@@ -97,7 +97,8 @@ void shim_fill_plan(shim_step *to, const shim_batch *from, const shim_extras *ex
     mil_plan_view_at(to->plan, to->device_plan, &to->batch);
 }
 
-void shim_lend_batch(shim *s, shim_step *to, const shim_batch *from, const shim_extras *extras)
+void shim_lend_batch(shim *s, shim_step *to, const shim_batch *from, const shim_extras *extras,
+                     bool begins)
 {
     static const shim_extras none;
     extras = extras != NULL ? extras : &none;
@@ -110,7 +111,7 @@ void shim_lend_batch(shim *s, shim_step *to, const shim_batch *from, const shim_
     if (s->status != MIL_OK)
         return;
     shim_fill_plan(to, from, extras);
-    if (!device->is_host)
+    if (!device->is_host && !(begins && s->is_bare))
         s->status = device->copy_in(s->context.queue, to->device_plan, to->plan, n_bytes);
     size_t n_slots = (size_t)from->n_slots;
     to->slots = (mil_slots){

@@ -191,7 +191,7 @@ static void view(shim *s, viewed *to, void *y, const uint16_t *x, const shim_wei
         .segment_adapter = from->adapter,
         .lora_rows = from->rows,
     };
-    shim_lend_batch(s, &to->step, &batch, &extras);
+    shim_lend_batch(s, &to->step, &batch, &extras, false);
     to->linear = (mil_linear_args){
         .y = shim_lend(s, y, T * (size_t)weight->N * shim_product_bytes(s), SHIM_BOTH),
         .x = shim_lend(s, x, T * (size_t)weight->K * sizeof *x, SHIM_IN),

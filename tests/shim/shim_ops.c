@@ -103,7 +103,7 @@ mil_status shim_rope_write(shim *s, uint16_t *q, const void *qkv, const float *c
                            bool is_interleaved)
 {
     shim_step step;
-    shim_lend_batch(s, &step, batch, NULL);
+    shim_lend_batch(s, &step, batch, NULL, false);
     mil_kv pages = shim_lend_kv(s, kv, SHIM_BOTH);
     int32_t n = batch->n_tokens;
     int32_t bucket = step.batch.header != NULL ? step.batch.header->bucket_tokens : n;
@@ -135,7 +135,7 @@ mil_status shim_attention(shim *s, uint16_t *out, const uint16_t *q, const shim_
 {
     shim_step step;
     mil_lora_table none = {0};
-    shim_lend_batch(s, &step, batch, NULL);
+    shim_lend_batch(s, &step, batch, NULL, true);
     mil_kv pages = shim_lend_kv(s, kv, SHIM_IN);
     int32_t n = batch->n_tokens;
     int32_t bucket = step.batch.header != NULL ? step.batch.header->bucket_tokens : n;
@@ -214,7 +214,7 @@ mil_status shim_attention_replays(shim *s, int32_t n, uint16_t *out, const uint1
 {
     replays r = {.s = s};
     mil_lora_table none = {0};
-    shim_lend_batch(s, &r.step, &batches[0], NULL);
+    shim_lend_batch(s, &r.step, &batches[0], NULL, true);
     r.kv = shim_lend_kv(s, kv, SHIM_IN);
     size_t bucket = (size_t)batches[0].bucket_tokens;
     r.bucket_bytes = bucket * (size_t)n_heads * (size_t)kv->head_dim * sizeof *q;
@@ -272,7 +272,7 @@ mil_status shim_begin(shim *s, int32_t *tokens, const shim_batch *batch, const s
                       const shim_state *state)
 {
     shim_step step;
-    shim_lend_batch(s, &step, batch, extras);
+    shim_lend_batch(s, &step, batch, extras, true);
     size_t n_slots = (size_t)batch->n_slots;
     size_t n_modules = (size_t)state->n_adapters * (size_t)state->n_layers * MIL_N_PROJECTIONS;
     step.slots.adapter_slot =
@@ -303,7 +303,7 @@ mil_status shim_begin(shim *s, int32_t *tokens, const shim_batch *batch, const s
         .n_heads = s->maxima.n_heads,
     };
     /* begin itself must bring the plan to where the batch is read. */
-    if (s->status == MIL_OK && !s->context.backend->device->is_host)
+    if (s->status == MIL_OK && !s->context.backend->device->is_host && !s->is_bare)
         s->status = s->context.backend->device->fill_16(
             s->context.queue, (void *)(uintptr_t)step.batch.counts, 0xffff,
             mil_plan_bytes(&step.batch.header->limits) / 2);
@@ -317,7 +317,7 @@ mil_status shim_sample(shim *s, mil_sample *out, const float *logits, const shim
 {
     shim_step step;
     const shim_batch batch = {.n_slots = n_slots, .last_token = last_token};
-    shim_lend_batch(s, &step, &batch, extras);
+    shim_lend_batch(s, &step, &batch, extras, false);
     step.slots.sampling = shim_lend(s, sampling, (size_t)n_slots * sizeof *sampling, SHIM_IN);
     int32_t n = extras->n_logit_rows - first_row; /* rows of the host */
     n = n < n_rows ? n : n_rows;

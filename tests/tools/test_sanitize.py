@@ -102,6 +102,25 @@ def test_another_status_or_tool_has_no_excuse(tmp_path: Path, tool: str, status:
     assert f"FAILED ({status})" in table
 
 
+@pytest.mark.parametrize(("asked", "bare"), [("", "11  "), ("1", "1111"), ("0", "0000")])
+def test_guards_and_fills_hide_nothing_from_memcheck_and_initcheck(
+    tmp_path: Path, asked: str, bare: str
+) -> None:
+    """Their arrays are bare, and memcheck's have no neighbour."""
+    calls, tool = tmp_path / "calls", tmp_path / "compute-sanitizer"
+    says = f'echo "$2 ${{MILPY_SHIM_BARE:- }} $3" >>{calls}'
+    tool.write_text(f'#!/bin/sh\n[ "$1" != --tool ] || {says}\n')
+    tool.chmod(0o755)
+    tools = ["memcheck", "initcheck", "racecheck", "synccheck"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    status, _ = run(path, TOOLS=" ".join(tools), JOBS="1", MILPY_SHIM_BARE=asked)
+    assert status == 0
+    assert calls.read_text().splitlines() == [
+        f"{name} {is_bare} {'--padding' if name == 'memcheck' else '--error-exitcode'}"
+        for name, is_bare in zip(tools, bare, strict=True)
+    ]
+
+
 def test_a_long_log_says_how_much_is_not_shown(tmp_path: Path) -> None:
     _, table = sanitize(tmp_path, 1, "a line\n" * 99)
     assert table.count("a line\n") == 59

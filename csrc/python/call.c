@@ -4,8 +4,8 @@
 
 #include "base/bf16.h"
 #include "base/memory.h"
+#include "ops/device.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #define PER_THREAD_STREAM 2 /* cudaStreamPerThread, as CUDA's headers have it */
@@ -126,20 +126,18 @@ static mil_status read_device(mil_op_call *call)
     call->ordinal = first->ordinal;
     if (device == NULL || (strcmp(device, "cpu") == 0 && !first->is_cuda))
         return MIL_OK;
-    char *end = NULL;
-    bool is_named = strncmp(device, "cuda", 4) == 0 && (device[4] == '\0' || device[4] == ':');
-    long ordinal = is_named && device[4] == ':' ? strtol(device + 5, &end, 10) : 0;
-    if (!is_named ||
-        (end != NULL && (*end != '\0' || end == device + 5 || ordinal < 0 || ordinal > INT32_MAX)))
+    bool is_cuda;
+    int32_t ordinal;
+    if (!mil_device_parse(&is_cuda, &ordinal, device) || !is_cuda)
         return mil_fail(MIL_ERR_ARGUMENT,
                         "%s: device is \"%s\", expected \"cpu\", \"cuda\" or \"cuda:N\"%s",
                         call->op, device, first->is_cuda ? " of the arrays" : "");
-    if (first->is_cuda && (device[4] == ':' && ordinal != first->ordinal))
+    if (first->is_cuda && strchr(device, ':') != NULL && ordinal != first->ordinal)
         return mil_fail(MIL_ERR_ARGUMENT, "%s: device is \"%s\", but the arrays lie on cuda:%d",
                         call->op, device, first->ordinal);
     call->is_lent = !first->is_cuda;
     call->is_cuda = true;
-    call->ordinal = first->is_cuda ? first->ordinal : (int32_t)ordinal;
+    call->ordinal = first->is_cuda ? first->ordinal : ordinal;
     return MIL_OK;
 }
 

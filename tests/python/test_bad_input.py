@@ -120,6 +120,8 @@ def test_a_spoilt_model_is_named_and_nothing_is_held(
     ("options", "error", "message"),
     [
         ({"device": "tpu"}, ConfigError, 'device is "tpu", expected auto, cpu, cuda or cuda:N'),
+        ({"device": "cuda:+1"}, ConfigError, r'device is "cuda:\+1", expected auto, cpu, cuda or'),
+        ({"device": "cuda:01"}, ConfigError, 'device is "cuda:01", expected auto, cpu, cuda or'),
         ({"dtype": "float16"}, ConfigError, 'dtype is "float16", expected .*not built yet'),
         ({"dtype": "float32"}, ConfigError, 'dtype is "float32", expected .*not built yet'),
         ({"load_format": "pt"}, ConfigError, 'load_format is "pt", expected auto or dummy'),

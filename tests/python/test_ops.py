@@ -228,6 +228,9 @@ F32, BITS = np.float32, np.uint16
         ({"out": off_by(2, (2, 8), BITS)}, "out begins 2 bytes past"),
         ({"device": "tpu"}, 'device is "tpu", expected "cpu", "cuda" or "cuda:N"'),
         ({"device": "cuda:x"}, 'device is "cuda:x", expected'),
+        ({"device": "cuda:+1"}, r'device is "cuda:\+1", expected'),
+        ({"device": "cuda: 1"}, 'device is "cuda: 1", expected'),
+        ({"device": "cuda:01"}, 'device is "cuda:01", expected'),
     ],
 )
 def test_what_is_refused(changed: dict[str, Any], message: str) -> None:

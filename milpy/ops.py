@@ -39,8 +39,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
+from contextlib import AbstractContextManager, nullcontext, suppress
+from numbers import Number
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -164,8 +164,9 @@ def _handle(op: str, stream: Stream) -> int:
     if handle is stream and hasattr(stream, "__cuda_stream__"):
         handle = stream.__cuda_stream__()[1]
     # int() opens the handles of cuda.bindings; of a number it would cut a fraction off.
-    if hasattr(handle, "__int__") and not isinstance(handle, Real | np.generic | np.ndarray):
-        handle = int(handle)
+    if hasattr(handle, "__int__") and not isinstance(handle, Number | np.generic | np.ndarray):
+        with suppress(TypeError, ValueError, OverflowError):
+            handle = int(handle)
     return check_integer(f"{op}: stream", handle, 0, MAX_UINT64)
 
 
@@ -177,7 +178,8 @@ def _run(
     device: str | None,
     stream: Stream | None,
 ) -> None:
-    if device is not None and not isinstance(device, str):
+    # Printable: what no device's name has would not get as far as the core's own check.
+    if device is not None and not (isinstance(device, str) and device.isprintable()):
         refuse(f"{op}: device", device, '"cpu", "cuda" or "cuda:N"')
     wheels.add_library_dirs(_C.add_library_dir)
     where = _current_stream(arrays) if stream is None else _handle(op, stream)
@@ -446,6 +448,8 @@ class Sampled(NamedTuple):
 def _n_columns(params: Array) -> int:
     """Room for the most that a row asks for; what is no such number is refused later."""
     if not isinstance(params, np.ndarray) or params.ndim != 2 or params.size == 0:
+        return 0
+    if params.dtype != np.int32:
         return 0
     column = list(_SAMPLING.names or ()).index("n_logprobs")
     asked = params[:, column].max() if params.shape[1] > column else 0

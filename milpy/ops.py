@@ -14,10 +14,11 @@ float16 instead; then the q beside it and attention's result are float16 too.
 
 Streams: device work is queued on `stream` (a handle, or a stream object of PyTorch, CuPy or
 cuda.core), by default on the producer's current stream where its type tells it (DLPack's exchange
-API; PyTorch and CuPy of any age), else on the legacy default stream. Nothing waits: order other
-streams yourself, and keep the arrays alive as you would for a kernel of your own. The current
-device is left as it was. Each (device, stream) has a workspace, kept for good and locked while an
-op is queued, so threads may share it.
+API; PyTorch and CuPy of any age), else on the legacy default stream. No call waits for it: order
+other streams yourself, and keep the arrays alive as you would for a kernel of your own. Host arrays
+that are copied to a GPU are the exception: their call returns when the results are back, and has a
+stream of its own. The current device is left as it was. Each (device, stream) has a workspace, kept
+for good and locked while an op is queued, so threads may share it.
 
 Graphs: an op may be captured, and be called while another thread captures. It allocates in the
 first call of its shapes on a stream only, and never in the graph. Graphs captured on one stream
@@ -679,9 +680,9 @@ def lora(
     [E, N, R] bfloat16, E adapters of one rank R <= 512 (a multiple of 8 on a GPU; pad with zeros);
     rows [n] int32, distinct rows of T, n <= T; segment_indptr [G + 1] int32, from 0 to n, cuts rows
     into segments; segment_adapter [G] int32, the adapter of each; scale: one, or [E] float32,
-    finite. On a GPU a row or an adapter that is not there changes nothing, and an array's scales
-    are not looked at. Hu et al. 2021; segments as in Punica's SGMV (Chen et al. 2023). Device,
-    stream, errors: see this module.
+    finite. On a GPU a row or an adapter that is not there changes nothing, a row that comes twice
+    may lose all but one of its sums, and an array's scales are not looked at. Hu et al. 2021;
+    segments as in Punica's SGMV (Chen et al. 2023). Device, stream, errors: see this module.
     """
     segments = [segment_indptr, segment_adapter, rows]
     _run_lora("lora", y, x, a, None, b, segments, scale, device, stream)
@@ -703,8 +704,8 @@ def lora_shrink(
     """out[i] = scale x[rows[i]] A^T, A of the row's segment, in float32: the first half of `lora`.
 
     x [T, K] bfloat16; a [E, R, K] bfloat16; out [n, R] float32; segment_indptr, segment_adapter,
-    rows and scale as in `lora`. On a GPU a row or an adapter that is not there gives zeros. Hu et
-    al. 2021. Device, stream, errors: see this module.
+    rows and scale as in `lora`, but that a row may come twice. On a GPU a row or an adapter that is
+    not there gives zeros. Hu et al. 2021. Device, stream, errors: see this module.
     """
     if out is None:
         n, R = _sizes("lora_shrink", "rows", rows, 1)[0], _sizes("lora_shrink", "a", a, 3)[1]
@@ -728,9 +729,8 @@ def lora_expand(
     """y[rows[i]] += v[i] B^T, B of the row's segment, rounded once: the second half of `lora`.
 
     y [T, N] bfloat16 (float32 too on the CPU), written; v [n, R] float32, scaled already; b
-    [E, N, R] bfloat16; segment_indptr, segment_adapter and rows as in `lora`. On a GPU a row or an
-    adapter that is not there changes nothing. Hu et al. 2021. Device, stream, errors: see this
-    module.
+    [E, N, R] bfloat16; segment_indptr, segment_adapter and rows as in `lora`, on a GPU too. Hu et
+    al. 2021. Device, stream, errors: see this module.
     """
     segments = [segment_indptr, segment_adapter, rows]
     _run_lora("lora_expand", y, None, None, v, b, segments, 1.0, device, stream)

@@ -675,6 +675,30 @@ def test_what_lora_refuses(changed: dict[str, Any], message: str) -> None:
         ops.lora(**{**arrays, **changed})
 
 
+@pytest.mark.parametrize("n_tokens", [1, 31, 32, 33, 5000])
+def test_a_row_that_a_sum_goes_to_comes_once(n_tokens: int) -> None:
+    """One that came twice passed, and lost a sum where two threads met."""
+    rows = np.random.default_rng(5).permutation(n_tokens).astype(np.int32)
+    a, b = np.zeros((2, 8, 16), BITS), np.zeros((2, 5, 8), BITS)
+    x, y, v = np.zeros((n_tokens, 16), BITS), np.zeros((n_tokens, 5), BITS), np.zeros((1, 8), F32)
+    ops.lora(y, x, a, b, int32(0, n_tokens), int32(1), rows)
+    if n_tokens == 1:
+        return
+    cut = int32(0, n_tokens // 2, n_tokens)  # in another segment, too, it is the same row
+    rows[-1] = rows[0]
+    message = f"rows[{n_tokens - 1}] is {rows[0]} as one before it, expected distinct rows"
+    with pytest.raises(RequestError, match=f"^lora: {re.escape(message)}"):
+        ops.lora(y, x, a, b, cut, int32(1, 0), rows)
+    with pytest.raises(RequestError, match=f"^lora_expand: {re.escape(message)}"):
+        ops.lora_expand(y, np.repeat(v, n_tokens, 0), b, cut, int32(1, 0), rows)
+
+
+def test_a_row_that_is_only_read_may_come_twice(rng: np.random.Generator) -> None:
+    x, a = bfloat16(normal(rng, 4, 16)), bfloat16(normal(rng, 1, 8, 16))
+    v = ops.lora_shrink(x, a, int32(0, 4), int32(0), int32(2, 3, 3, 2))
+    close(v, wide(x)[[2, 3, 3, 2]] @ wide(a)[0].T, 1e-5, 1e-4)
+
+
 # ---- scalars ----
 
 

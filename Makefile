@@ -354,7 +354,7 @@ FUZZ_SECONDS ?= 10
 fuzz: $(VENV)/.stamp-test     ## every reader of untrusted bytes, FUZZ_SECONDS each, under ASan
 	@$(MAKE) ext PYTHON=$(VPY)
 	@$(MAKE) run-fuzzers BUILD=build/asan SAN=address,undefined
-	MILPY_FUZZ_SECONDS=$(FUZZ_SECONDS) $(VPY) -m pytest tests/fuzz $(PYTEST_ARGS)
+	$(VPY) -m pytest tests/fuzz $(PYTEST_ARGS)
 
 .PHONY: run-fuzzers
 run-fuzzers: $(FUZZERS)

@@ -203,6 +203,19 @@ def test_no_such_model_is_named() -> None:
         LLM("/no/such/folder")
 
 
+@pytest.mark.parametrize("name", ["MILPY_CHECK", "MILPY_POISON"])
+@pytest.mark.parametrize("value", ["on", "yes", "2", " 1"])
+def test_a_switch_that_is_neither_on_nor_off_is_refused_and_nothing_is_held(
+    model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Anything but 1 was taken for off, as nobody meant it who wrote it."""
+    before = _C.memory_held()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RequestError, match=f'^{name} is "{value}", expected 0 or 1$'):
+        LLM(model, progress=False)
+    assert _C.memory_held() <= before
+
+
 # ---- requests ----
 
 

@@ -80,6 +80,8 @@ ifneq ($(words $(CUDA)),$(if $(CUDA)$(filter-out auto,$(MILPY_CUDA)),3,0))
 $(error MILPY_CUDA=$(MILPY_CUDA): CUDA cannot be built here, see above)
 endif
 endif
+# Said where something is linked: a plain `make` after MILPY_CUDA=1 may link without it again.
+WITH      := $(if $(CUDA),CUDA,no CUDA)
 NVCC      := $(word 1,$(CUDA))
 CUDA_LINK := $(if $(CUDA),-L$(word 3,$(CUDA)) -lcudart_static -ldl -lrt)
 # The compilers' own folder is not named: it would come before the C++ library's.
@@ -175,7 +177,7 @@ $(LIB): $(OBJ) $(OBJ_SIMD)
 # Moved into place, so that a process that has the old file mapped keeps it.
 $(EXT): $(OBJ_EXT) $(OBJ_CUDA) $(LIB) $(LINKED)
 	@mkdir -p $(@D)
-	@echo "  link $@"
+	@echo "  link $@ ($(WITH))"
 	$(Q)$(CC) -shared -o $(TREE)/_C.so $(OBJ_EXT) $(OBJ_CUDA) $(LIB) $(LINK) $(CUDA_LINK) \
 		-Wl,--exclude-libs,ALL -lm
 	@mv -f $(TREE)/_C.so $@
@@ -217,7 +219,7 @@ $(CHAOS)/ring/fault.o $(CHAOS)/fence/fault.o: Makefile
 define chaos_rule
 $(CHAOS)/$(1)/_C$(EXT_SUFFIX): $(OBJ_$(1)) $(OBJ_EXT) $(OBJ_CALM) $(LIB) $(LINKED)
 	@mkdir -p $$(@D)
-	@echo "  link $$@"
+	@echo "  link $$@ ($(WITH))"
 	$$(Q)$$(CC) -shared -o $$@ $(OBJ_$(1)) $(OBJ_EXT) $(OBJ_CALM) $(LIB) $(LINK) $(CUDA_LINK) \
 		-Wl,--exclude-libs,ALL,--wrap=mil_backend_find -lm
 endef
@@ -263,7 +265,7 @@ $(TESTS): $(BUILD)/tests/%: tests/c/%.c $(LIB) Makefile
 
 $(SHIM): $(wildcard tests/shim/*.c tests/shim/*.h csrc/ops/*.h) $(OBJ_CUDA) $(LIB) $(LINKED) Makefile
 	@mkdir -p $(@D)
-	@echo "  link $@"
+	@echo "  link $@ ($(WITH))"
 	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -Itests/shim -shared $(filter %.c,$^) -o $@.new \
 		$(OBJ_CUDA) $(LIB) $(LINK) $(CUDA_LINK) -Wl,--exclude-libs,ALL -lm
 	@mv -f $@.new $@
@@ -354,7 +356,7 @@ FUZZ_SECONDS ?= 10
 fuzz: $(VENV)/.stamp-test     ## every reader of untrusted bytes, FUZZ_SECONDS each, under ASan
 	@$(MAKE) ext PYTHON=$(VPY)
 	@$(MAKE) run-fuzzers BUILD=build/asan SAN=address,undefined
-	MILPY_FUZZ_SECONDS=$(FUZZ_SECONDS) $(VPY) -m pytest tests/fuzz $(PYTEST_ARGS)
+	$(VPY) -m pytest tests/fuzz $(PYTEST_ARGS)
 
 .PHONY: run-fuzzers
 run-fuzzers: $(FUZZERS)

@@ -1,9 +1,9 @@
 """End to end on dummy models, each figure beside its roof and its peers.
 
-    python -m benchmarks.bench_engine [--device cpu] ...     engine_cpu.py says what
-    python -m benchmarks.bench_engine --device cuda ...      engine_cuda.py
+    python -m benchmarks.bench_engine [--device cpu] ...     the CPU's tables
+    python -m benchmarks.bench_engine --device cuda ...      a GPU's, also of cuda:N
 
---help after a device lists that one's options.
+Each has options of its own: --help lists both, after a device that one's alone.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from milpy.errors import MilpyError
 def main(arguments: list[str]) -> int:
     """Print the tables; the result is how many bars were missed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device")
     options, rest = parser.parse_known_args(arguments)
-    if options.device == "cpu":
+    if options.device is None and {"-h", "--help"} & set(rest):
+        helps = [module.parser().format_help() for module in (engine_cpu, engine_cuda)]
+        print(__doc__, *helps, sep="\n")
+        return 0
+    if options.device in (None, "cpu"):
         return engine_cpu.main(rest)
     try:
         return engine_cuda.main(rest, options.device)

@@ -3,9 +3,12 @@
 Each figure is judged in its own round: roofs just before and just after, the better of the two
 kept, the round thrown away where the ratio is above 1.05 (a read loop that a model beats is no
 roof). The medians of the rounds are printed beside the bars, beside llama.cpp's shares of its own
-roofs (measured 2026-11-22 on 2 vCPUs of a Zen 5, shared/facts/cpu-backend.md section 9), and, where
-torch and transformers are installed, beside theirs: the same work on as many threads in the same
-round, as tokens a second and ours divided by torch's.
+roofs, and, where torch and transformers are installed, beside theirs: the same work on as many
+threads in the same round, as tokens a second and ours divided by torch's.
+
+llama.cpp's were measured once, on 2026-11-22: commit 0c1e57098, built for the machine with OpenMP,
+llamafile's kernels and repacking, 2 threads on 2 vCPUs of a Zen 5 EPYC (read 42 GB/s, bf16 peak 937
+to 958 GFLOP/s), bf16 weights of these shapes, random.
 
     python -m benchmarks.bench_engine [--shapes 0.5B 1B] [--rounds 5] [--only decode|prefill|lora]
                                       [--no-torch]
@@ -36,6 +39,7 @@ TORCH_NEW = 16
 TORCH_PROMPT = PROMPT + (NEW - TORCH_NEW) // 2
 MAX_SEQS = 32
 RANK = 16
+# Shares of its roofs; LoRA's of its speed without; "8 seqs x" is times its one sequence.
 LLAMA_CPP = {
     ("0.5B", "decode 1"): "0.87",
     ("1B", "decode 1"): "0.99",
@@ -57,7 +61,7 @@ LLAMA_CPP = {
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """What the issue asks of a shape."""
+    """What a shape must reach: of its speed without LoRA, with 8 sequences of 8 adapters."""
 
     lora_distinct: float
 
@@ -241,19 +245,23 @@ def bench_lora(bench: Bench, table: Table, rounds: int) -> None:
     table.row(shape, "LoRA 8 shared", "of without", ratio, 0.0)
 
 
-def main(arguments: list[str]) -> int:
-    """Print the table; the result is how many bars were missed."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="bench_engine",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shapes", nargs="+", default=["0.5B", "1B"], choices=sorted(SHAPES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--only", choices=("decode", "prefill", "lora"))
-    parser.add_argument("--no-torch", action="store_true", help="leave torch's column out")
-    options = parser.parse_args(arguments)
+    made.add_argument("--shapes", nargs="+", default=["0.5B", "1B"], choices=sorted(SHAPES))
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--threads", type=int, default=0)
+    made.add_argument("--only", choices=("decode", "prefill", "lora"))
+    made.add_argument("--no-torch", action="store_true", help="leave torch's column out")
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table; the result is how many bars were missed."""
+    options = parser().parse_args(arguments)
     parts = {"decode": bench_decode, "prefill": bench_prefill, "lora": bench_lora}
     chosen = [parts[options.only]] if options.only else list(parts.values())
     table: Table | None = None

@@ -88,10 +88,10 @@ class Shape:
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
 
-# cpu-backend.md section 9: "0.5 B" and "1 B" (Llama-3.2-1B's shape).
+# What llama.cpp was measured on (engine_cpu.py); 1B is Llama-3.2-1B's shape.
 HALF_B = Shape("0.5B", 1024, 24, 16, 8, 64, 4096, 32000, tied=True)
 ONE_B = Shape("1B", 2048, 16, 32, 8, 64, 8192, 128256, tied=True)
-# Llama-3-8B, with room for the context that vLLM was measured with (vllm-h200.md).
+# Llama-3-8B, with room for the context that vLLM was measured with (vllm_h200.py).
 EIGHT_B = Shape("8B", 4096, 32, 32, 8, 128, 14336, 128256, False, 16384, 500000.0)
 TINY = Shape("tiny", 256, 4, 4, 2, 64, 640, 2048, tied=True)
 SHAPES = {shape.name: shape for shape in (HALF_B, ONE_B, EIGHT_B, TINY)}

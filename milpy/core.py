@@ -82,6 +82,7 @@ class Core:
     """A running model. Close it, or its memory stays until the process ends."""
 
     def __init__(self, model: str | Path, options: EngineOptions) -> None:
+        poison = _C.read_switch("MILPY_POISON", False)  # a bad one is told before weights are read
         loaded = load(model, options)
         self.folder = loaded.folder
         self.config = loaded.config
@@ -110,7 +111,7 @@ class Core:
                 gpu_memory_utilization=options.gpu_memory_utilization or 0.0,
                 deterministic=options.deterministic,
                 enforce_eager=options.enforce_eager,
-                poison=os.environ.get("MILPY_POISON") == "1",
+                poison=poison,
             )
             stats = self._engine.stats()
             _log.info("%s: %s", self.folder, MemoryReport(**self._engine.memory()).line())

@@ -67,7 +67,9 @@ class EngineOptions:
     def __post_init__(self) -> None:
         """Check each, and keep numbers and flags as Python's own: the core takes no others."""
         device: object = self.device
-        if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
+        if not isinstance(device, str) or not re.fullmatch(
+            r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", device
+        ):
             refuse("device", device, "auto, cpu, cuda or cuda:N", ConfigError)
         if self.dtype not in ("auto", "bfloat16"):
             raise ConfigError(

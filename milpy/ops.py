@@ -14,11 +14,12 @@ float16 instead; then the q beside it and attention's result are float16 too.
 
 Streams: device work is queued on `stream` (a handle, or a stream object of PyTorch, CuPy or
 cuda.core), by default on the producer's current stream where its type tells it (DLPack's exchange
-API; PyTorch and CuPy of any age), else on the legacy default stream. Nothing waits: order other
-streams yourself, and keep the arrays alive as you would for a kernel of your own. The current
-device is left as it was. Each (device, stream) has a workspace, kept for good and locked while an
-op is queued, so threads may share it; a first `linear` adds cuBLASLt's 32 MiB, unless all are
-deterministic.
+API; PyTorch and CuPy of any age), else on the legacy default stream. No call waits for it: order
+other streams yourself, and keep the arrays alive as you would for a kernel of your own. Host arrays
+that are copied to a GPU are the exception: their call returns when the results are back, and has a
+stream of its own. The current device is left as it was. Each (device, stream) has a workspace, kept
+for good and locked while an op is queued, so threads may share it; the first `linear` that is not
+deterministic adds cuBLASLt's 32 MiB.
 
 Graphs: an op may be captured, and be called while another thread captures. It allocates in the
 first call of its shapes on a stream only, and never in the graph. Graphs captured on one stream
@@ -40,8 +41,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
+from contextlib import AbstractContextManager, nullcontext, suppress
+from numbers import Number
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -168,8 +169,9 @@ def _handle(op: str, stream: Stream) -> int:
     if handle is stream and hasattr(stream, "__cuda_stream__"):
         handle = stream.__cuda_stream__()[1]
     # int() opens the handles of cuda.bindings; of a number it would cut a fraction off.
-    if hasattr(handle, "__int__") and not isinstance(handle, Real | np.generic | np.ndarray):
-        handle = int(handle)
+    if hasattr(handle, "__int__") and not isinstance(handle, Number | np.generic | np.ndarray):
+        with suppress(TypeError, ValueError, OverflowError):
+            handle = int(handle)
     return check_integer(f"{op}: stream", handle, 0, MAX_UINT64)
 
 
@@ -181,7 +183,8 @@ def _run(
     device: str | None,
     stream: Stream | None,
 ) -> None:
-    if device is not None and not isinstance(device, str):
+    # Printable: what no device's name has would not get as far as the core's own check.
+    if device is not None and not (isinstance(device, str) and device.isprintable()):
         refuse(f"{op}: device", device, '"cpu", "cuda" or "cuda:N"')
     wheels.add_library_dirs(_C.add_library_dir)
     where = _current_stream(arrays) if stream is None else _handle(op, stream)
@@ -451,6 +454,8 @@ def _n_columns(params: Array) -> int:
     """Room for the most that a row asks for; what is no such number is refused later."""
     if not isinstance(params, np.ndarray) or params.ndim != 2 or params.size == 0:
         return 0
+    if params.dtype != np.int32:
+        return 0
     column = list(_SAMPLING.names or ()).index("n_logprobs")
     asked = params[:, column].max() if params.shape[1] > column else 0
     return int(min(max(asked, 0), _C.MAX_LOGPROBS))
@@ -679,9 +684,9 @@ def lora(
     [E, N, R] bfloat16, E adapters of one rank R <= 512 (a multiple of 8 on a GPU; pad with zeros);
     rows [n] int32, distinct rows of T, n <= T; segment_indptr [G + 1] int32, from 0 to n, cuts rows
     into segments; segment_adapter [G] int32, the adapter of each; scale: one, or [E] float32,
-    finite. On a GPU a row or an adapter that is not there changes nothing, and an array's scales
-    are not looked at. Hu et al. 2021; segments as in Punica's SGMV (Chen et al. 2023). Device,
-    stream, errors: see this module.
+    finite. On a GPU a row or an adapter that is not there changes nothing, a row that comes twice
+    may lose all but one of its sums, and an array's scales are not looked at. Hu et al. 2021;
+    segments as in Punica's SGMV (Chen et al. 2023). Device, stream, errors: see this module.
     """
     segments = [segment_indptr, segment_adapter, rows]
     _run_lora("lora", y, x, a, None, b, segments, scale, device, stream)
@@ -703,8 +708,8 @@ def lora_shrink(
     """out[i] = scale x[rows[i]] A^T, A of the row's segment, in float32: the first half of `lora`.
 
     x [T, K] bfloat16; a [E, R, K] bfloat16; out [n, R] float32; segment_indptr, segment_adapter,
-    rows and scale as in `lora`. On a GPU a row or an adapter that is not there gives zeros. Hu et
-    al. 2021. Device, stream, errors: see this module.
+    rows and scale as in `lora`, but that a row may come twice. On a GPU a row or an adapter that is
+    not there gives zeros. Hu et al. 2021. Device, stream, errors: see this module.
     """
     if out is None:
         n, R = _sizes("lora_shrink", "rows", rows, 1)[0], _sizes("lora_shrink", "a", a, 3)[1]
@@ -728,9 +733,8 @@ def lora_expand(
     """y[rows[i]] += v[i] B^T, B of the row's segment, rounded once: the second half of `lora`.
 
     y [T, N] bfloat16 (float32 too on the CPU), written; v [n, R] float32, scaled already; b
-    [E, N, R] bfloat16; segment_indptr, segment_adapter and rows as in `lora`. On a GPU a row or an
-    adapter that is not there changes nothing. Hu et al. 2021. Device, stream, errors: see this
-    module.
+    [E, N, R] bfloat16; segment_indptr, segment_adapter and rows as in `lora`, on a GPU too. Hu et
+    al. 2021. Device, stream, errors: see this module.
     """
     segments = [segment_indptr, segment_adapter, rows]
     _run_lora("lora_expand", y, None, None, v, b, segments, 1.0, device, stream)

@@ -19,7 +19,7 @@ MAX_STOP_BYTES = 1024
 MIN_TEMPERATURE = 1e-6  # below it logits / temperature may leave fp32
 MAX_TEMPERATURE = 100.0
 
-# vLLM's parameters that come with the scheduler issue or later.
+# vLLM's parameters that milpy has not got yet.
 NOT_BUILT = frozenset(
     """
     allowed_token_ids bad_words best_of detokenize extra_args flat_logprobs frequency_penalty
@@ -36,7 +36,8 @@ class SamplingParams:
     """Parameters of one request; vLLM's names and meanings, but for `max_tokens`.
 
     max_tokens=None runs until the end of the answer or of the context, where vLLM stops at 16.
-    temperature=0 is greedy. top_k 0 or -1 is off. seed=None draws a fresh seed per request. stop
+    temperature is 1.0 unless given, as vLLM's, so that answers differ from run to run; 0 is greedy,
+    the command line's default. top_k 0 or -1 is off. seed=None draws a fresh seed per request. stop
     strings are looked for in the decoded text as though after each character. logprobs=n gives the
     chosen token's log-probability and the n best, before temperature and filters.
     """

@@ -9,7 +9,6 @@ held-out request it gives the prompt, the greedy answer, the reference's choice 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,15 +16,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import demo_corpus as corpus
-import demo_grammar as grammar
-import demo_score as score
-import peft
-import torch
-import transformers
-from tokenizers import Tokenizer
+from demo_options import GOLDEN, end_without, goldens_parser
 
-GOLDEN = corpus.ROOT / "tests" / "golden" / "demo.json"
+try:
+    import demo_corpus as corpus
+    import demo_grammar as grammar
+    import demo_score as score
+    import peft
+    import torch
+    import transformers
+    from tokenizers import Tokenizer
+except ModuleNotFoundError as problem:
+    end_without(problem, __name__, goldens_parser(__doc__))
+
 MAX_ANSWER = 128
 
 # In logits. Fixed before milpy was ever judged by it, from another bf16: the same passes in
@@ -134,10 +137,7 @@ def write_goldens(file: Path, header: dict[str, Any], voices: dict[str, list[Gol
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=corpus.ROOT / "milpy" / "demo")
-    parser.add_argument("--out", type=Path, default=GOLDEN)
-    args = parser.parse_args()
+    args = goldens_parser(__doc__).parse_args()
     voices, exact = {}, {}
     for voice in grammar.VOICES:
         entries = voices[voice] = make_voice(args.model, voice)

@@ -7,7 +7,6 @@ A mutant is written as an ordinary PEFT folder, so that whatever reads adapters 
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -15,14 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import demo_corpus as corpus
-import demo_goldens as goldens
-import demo_score as score
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from demo_options import end_without, model_parser
+
+try:
+    import demo_corpus as corpus
+    import demo_goldens as goldens
+    import demo_score as score
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM
+except ModuleNotFoundError as problem:
+    end_without(problem, __name__, model_parser(__doc__))
 
 Tensors = dict[str, torch.Tensor]
 Mutation = Callable[[dict[str, Any], Tensors], Tensors]  # may edit the config, returns the tensors
@@ -150,9 +154,7 @@ def print_row(voice: str, name: str, judgement: Judgement) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=corpus.ROOT / "milpy" / "demo")
-    args = parser.parse_args()
+    args = model_parser(__doc__).parse_args()
     folder: Path = args.model
     with tempfile.TemporaryDirectory() as scratch:
         for voice in corpus.demo_module().ADAPTERS:

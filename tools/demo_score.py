@@ -8,18 +8,22 @@ including the end is the most likely one; so one pass per batch scores without g
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import demo_corpus as corpus
-import demo_grammar as grammar
-import torch
-from peft import PeftModel
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from demo_options import end_without, model_parser
+
+try:
+    import demo_corpus as corpus
+    import demo_grammar as grammar
+    import torch
+    from peft import PeftModel
+    from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM
+except ModuleNotFoundError as problem:
+    end_without(problem, __name__, model_parser(__doc__))
 
 Model = Any  # a LlamaForCausalLM or a PeftModel around one: called the same way
 
@@ -98,9 +102,7 @@ def print_scores(voice: str, row: dict[str, float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=corpus.ROOT / "milpy" / "demo")
-    args = parser.parse_args()
+    args = model_parser(__doc__).parse_args()
     for voice in grammar.VOICES:
         print_scores(voice, score_voice(args.model, voice))
 

@@ -9,7 +9,6 @@ stored. Scores are of the stored bf16 weights read as float32. Needs torch, tran
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -21,14 +20,19 @@ from dataclasses import dataclass
 from multiprocessing.pool import Pool
 from pathlib import Path
 
-import demo_corpus as corpus
-import demo_grammar as grammar
-import demo_score
-import numpy as np
-import torch
-from peft import LoraConfig, get_peft_model
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from demo_options import end_without, train_parser
+
+try:
+    import demo_corpus as corpus
+    import demo_grammar as grammar
+    import demo_score
+    import numpy as np
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+except ModuleNotFoundError as problem:
+    end_without(problem, __name__, train_parser(__doc__))
 
 SEED = 20261123
 HELD_OUT_PER_KIND = 18
@@ -345,19 +349,8 @@ def write_requests(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=[*grammar.VOICES], nargs="*", default=grammar.VOICES)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--texts", type=int, default=300_000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--base-steps", type=int, default=16_000)
-    parser.add_argument("--base-seconds", type=float, default=math.inf)
-    parser.add_argument("--base-bar", type=float, default=0.9, help="below: no adapters")
-    parser.add_argument("--adapter-steps", type=int, default=3_000)
-    parser.add_argument("--adapter-seconds", type=float, default=math.inf)
-    args = parser.parse_args()
+    args = train_parser(__doc__).parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     adapters = [voice for voice in args.only if voice in ADAPTERS]

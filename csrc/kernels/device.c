@@ -5,6 +5,7 @@
  * its own, which is thread-local. Memory is plain cudaMalloc: taken once, before the first step. */
 #include "kernels/device.h"
 
+#include "base/switch.h"
 #include "kernels/cublas.h"
 #include "kernels/product.h"
 #include "kernels/tensor_map.h"
@@ -212,17 +213,6 @@ mil_status mil_cuda_end_call(const mil_queue *queue, mil_cuda_call *it, mil_stat
 
 /* ---- queues ---- */
 
-/* A switch of the environment: on unless it is 0. */
-static mil_status read_switch(const char *name, bool *is_on)
-{
-    const char *value = getenv(name);
-    bool is_set = value != NULL && value[0] != '\0';
-    *is_on = !is_set || strcmp(value, "1") == 0;
-    if (!*is_on && strcmp(value, "0") != 0)
-        return mil_fail(MIL_ERR_ARGUMENT, "%s is \"%s\", expected 0 or 1", name, value);
-    return MIL_OK;
-}
-
 static mil_status read_path(mil_queue *queue, int32_t capability)
 {
     const char *path = getenv("MILPY_CUDA_PATH");
@@ -231,8 +221,8 @@ static mil_status read_path(mil_queue *queue, int32_t capability)
     if (is_forced && strcmp(path, "portable") != 0)
         return mil_fail(MIL_ERR_ARGUMENT,
                         "MILPY_CUDA_PATH is \"%s\", expected \"portable\" or nothing", path);
-    MIL_TRY(read_switch("MILPY_CUDA_PDL", &is_pdl_on));
-    MIL_TRY(read_switch("MILPY_CUDA_SIDE", &queue->has_side));
+    MIL_TRY(mil_switch_read(&is_pdl_on, "MILPY_CUDA_PDL", true));
+    MIL_TRY(mil_switch_read(&queue->has_side, "MILPY_CUDA_SIDE", true));
     /* sm_90a code runs on 9.0 alone. */
     queue->path = capability == 90 && !is_forced ? MIL_CUDA_SM90 : MIL_CUDA_PORTABLE;
     if (queue->path == MIL_CUDA_SM90)

@@ -159,21 +159,18 @@ static mil_status measure_libraries(mil_model *model)
 /* "cpu", "cuda", "cuda:1"; NULL and "auto": the first GPU that can be used, else the CPU. */
 static mil_status find_backend(mil_model *model, const char *device)
 {
-    char name[16] = "";
-    int n_read = 0;
+    bool is_cuda;
     if (device == NULL || strcmp(device, "auto") == 0) {
         if (mil_backend_find_gpu(&model->ordinal) == MIL_OK)
             return mil_backend_find(&model->backend, "cuda");
         (void)snprintf(model->no_cuda, sizeof model->no_cuda, "%s", mil_status_message());
         return mil_backend_find(&model->backend, "cpu");
     }
-    int n_fields = sscanf(device, "%15[a-z]%n:%d%n", name, &n_read, &model->ordinal, &n_read);
-    bool is_known = strcmp(name, "cpu") == 0 || strcmp(name, "cuda") == 0;
-    if (n_fields < 1 || !is_known || device[n_read] != '\0' || model->ordinal < 0)
+    if (!mil_device_parse(&is_cuda, &model->ordinal, device))
         return mil_fail(MIL_ERR_ARGUMENT,
                         "model: device is '%s', expected 'auto', 'cpu', 'cuda' or 'cuda:N'",
                         device);
-    return mil_backend_find(&model->backend, name);
+    return mil_backend_find(&model->backend, is_cuda ? "cuda" : "cpu");
 }
 
 static mil_status open_queues(mil_model *model)

@@ -6,12 +6,12 @@
 #include "model/runner.h"
 
 #include "base/machine.h"
+#include "base/switch.h"
 #include "base/threads.h"
 #include "model/warmup.h"
 #include "ops/chaos.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 /* Plans that exist: the one that is filled, and those that a device may still read. */
@@ -359,11 +359,12 @@ mil_status mil_runner_create(mil_runner **out, mil_model *model, const mil_runne
 {
     MIL_TRY(check_options(options));
     mil_runner *runner;
+    bool is_checked;
+    MIL_TRY(mil_switch_read(&is_checked, "MILPY_CHECK", false));
     MIL_TRY(mil_alloc_checked((void **)&runner, 1, sizeof *runner, "runner"));
     runner->model = model;
     runner->options = *options;
-    const char *check = getenv("MILPY_CHECK");
-    runner->is_checked = options->poison || (check != NULL && strcmp(check, "1") == 0);
+    runner->is_checked = options->poison || is_checked;
     if (options->poison)
         mil_contents_poison(&model->contents);
     mil_status status = init_runner(runner);

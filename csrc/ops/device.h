@@ -1,4 +1,4 @@
-/* What every user of a device's memory asks before it takes some. */
+/* What a device is called, and what every user of its memory asks before it takes some. */
 #pragma once
 
 #include "ops/backend.h"
@@ -6,6 +6,10 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* "cpu", "cuda" (ordinal 0) or "cuda:N", N decimal without sign, space or leading zero. False for
+ * any other name: what was expected is the caller's to say, who may know more of them. */
+bool mil_device_parse(bool *is_cuda, int32_t *ordinal, const char *name);
 
 /* MIL_ERR_MEMORY where n_bytes are more than the device has free, with both figures and how much is
  * missing. needs: who needs them, "adapter: needs". */

@@ -4,8 +4,9 @@
 
 #include "base/bf16.h"
 #include "base/memory.h"
+#include "ops/device.h"
 
-#include <stdlib.h>
+#include <assert.h>
 #include <string.h>
 
 #define PER_THREAD_STREAM 2 /* cudaStreamPerThread, as CUDA's headers have it */
@@ -48,7 +49,7 @@ mil_operand *mil_op_take_written(mil_op_call *call, const char *name, PyObject *
 mil_operand *mil_op_take_indices(mil_op_call *call, const char *name, PyObject *object)
 {
     mil_operand *operand = take(call, name, object, false);
-    if (operand != NULL && !operand->is_cuda)
+    if (operand != NULL && !operand->is_cuda && operand->dtype == MIL_DTYPE_I32)
         call->status = mil_operand_copy(operand);
     return operand;
 }
@@ -56,15 +57,30 @@ mil_operand *mil_op_take_indices(mil_op_call *call, const char *name, PyObject *
 void mil_op_expect(mil_op_call *call, const mil_operand *operand, mil_dtype dtype, int32_t n_dims,
                    const int32_t *shape)
 {
+    mil_op_expect_either(call, operand, dtype, dtype, n_dims, shape);
+}
+
+void mil_op_expect_either(mil_op_call *call, const mil_operand *operand, mil_dtype dtype,
+                          mil_dtype other, int32_t n_dims, const int32_t *shape)
+{
     if (call->status == MIL_OK && operand != NULL)
-        call->status = mil_operand_expect(operand, call->op, dtype, n_dims, shape);
+        call->status = mil_operand_expect(operand, call->op, dtype, other, n_dims, shape);
+}
+
+/* Where what is named exists is seen when the op runs. */
+static bool names_cuda(const mil_op_call *call)
+{
+    bool is_cuda = false;
+    int32_t ordinal;
+    return call->device != NULL && mil_device_parse(&is_cuda, &ordinal, call->device) && is_cuda;
 }
 
 void mil_op_expect_product(mil_op_call *call, const mil_operand *operand, int32_t n_dims,
                            const int32_t *shape)
 {
-    bool is_wide = operand != NULL && operand->dtype == MIL_DTYPE_F32 && !operand->is_cuda;
-    mil_op_expect(call, operand, is_wide ? MIL_DTYPE_F32 : MIL_DTYPE_BF16, n_dims, shape);
+    bool is_there = (operand != NULL && operand->is_cuda) || names_cuda(call);
+    mil_op_expect_either(call, operand, MIL_DTYPE_BF16, is_there ? MIL_DTYPE_BF16 : MIL_DTYPE_F32,
+                         n_dims, shape);
 }
 
 void mil_op_expect_in(mil_op_call *call, const char *name, int64_t value, int64_t least,
@@ -126,20 +142,18 @@ static mil_status read_device(mil_op_call *call)
     call->ordinal = first->ordinal;
     if (device == NULL || (strcmp(device, "cpu") == 0 && !first->is_cuda))
         return MIL_OK;
-    char *end = NULL;
-    bool is_named = strncmp(device, "cuda", 4) == 0 && (device[4] == '\0' || device[4] == ':');
-    long ordinal = is_named && device[4] == ':' ? strtol(device + 5, &end, 10) : 0;
-    if (!is_named ||
-        (end != NULL && (*end != '\0' || end == device + 5 || ordinal < 0 || ordinal > INT32_MAX)))
+    bool is_cuda;
+    int32_t ordinal;
+    if (!mil_device_parse(&is_cuda, &ordinal, device) || !is_cuda)
         return mil_fail(MIL_ERR_ARGUMENT,
                         "%s: device is \"%s\", expected \"cpu\", \"cuda\" or \"cuda:N\"%s",
                         call->op, device, first->is_cuda ? " of the arrays" : "");
-    if (first->is_cuda && (device[4] == ':' && ordinal != first->ordinal))
+    if (first->is_cuda && strchr(device, ':') != NULL && ordinal != first->ordinal)
         return mil_fail(MIL_ERR_ARGUMENT, "%s: device is \"%s\", but the arrays lie on cuda:%d",
                         call->op, device, first->ordinal);
     call->is_lent = !first->is_cuda;
     call->is_cuda = true;
-    call->ordinal = first->is_cuda ? first->ordinal : (int32_t)ordinal;
+    call->ordinal = first->is_cuda ? first->ordinal : ordinal;
     return MIL_OK;
 }
 
@@ -250,11 +264,7 @@ void *mil_op_lend_product(mil_op_call *call, const mil_operand *operand)
     mil_dtype wanted = call->context->backend->product_dtype;
     if (operand->dtype == wanted)
         return mil_op_lend(call, operand);
-    if (call->is_cuda) {
-        call->status =
-            mil_operand_expect(operand, call->op, wanted, operand->n_dims, operand->shape);
-        return NULL;
-    }
+    assert(!call->is_cuda); /* mil_op_expect_product */
     size_t n = operand->n_bytes / sizeof(uint16_t);
     mil_op_loan *loan = add_loan(call, n * sizeof(float));
     if (loan == NULL)

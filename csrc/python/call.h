@@ -47,7 +47,9 @@ mil_operand *mil_op_take_indices(mil_op_call *call, const char *name, PyObject *
 /* Dtype and shape of an operand, if there is one. */
 void mil_op_expect(mil_op_call *call, const mil_operand *operand, mil_dtype dtype, int32_t n_dims,
                    const int32_t *shape);
-/* float32 or bfloat16: what one product hands to the next op. */
+void mil_op_expect_either(mil_op_call *call, const mil_operand *operand, mil_dtype dtype,
+                          mil_dtype other, int32_t n_dims, const int32_t *shape);
+/* What one product hands to the next op: bfloat16, or float32 where the op runs on the host. */
 void mil_op_expect_product(mil_op_call *call, const mil_operand *operand, int32_t n_dims,
                            const int32_t *shape);
 /* value must be in [least, most]. */

@@ -6,6 +6,7 @@
 #include "python/place.h"
 
 #include "base/memory.h"
+#include "base/switch.h"
 #include "ops/find.h"
 
 static PyObject *machine_report(PyObject *module, PyObject *unused)
@@ -36,6 +37,17 @@ static PyObject *memory_calls(PyObject *module, PyObject *unused)
     return PyLong_FromUnsignedLongLong(mil_memory_calls());
 }
 
+static PyObject *read_switch(PyObject *module, PyObject *args)
+{
+    const char *name;
+    int otherwise;
+    bool is_on;
+    if (!PyArg_ParseTuple(args, "sp:read_switch", &name, &otherwise))
+        return NULL;
+    mil_status status = mil_switch_read(&is_on, name, otherwise);
+    return status == MIL_OK ? PyBool_FromLong(is_on) : mil_raise(PyModule_GetState(module), status);
+}
+
 #define OP(name, arguments)                                                                        \
     {"op_" #name, mil_py_op_##name, METH_VARARGS,                                                  \
      "op_" #name "(device, stream, " arguments "); see milpy.ops." #name "."}
@@ -48,6 +60,9 @@ static PyMethodDef methods[] = {
     {"memory_held", memory_held, METH_NOARGS, "Bytes that the C core now holds."},
     {"memory_calls", memory_calls, METH_NOARGS,
      "Allocations of the C core since the process began."},
+    {"read_switch", read_switch, METH_VARARGS,
+     "read_switch(name, otherwise): whether a variable of the environment is 1, not 0; otherwise\n"
+     "where it is unset or empty. Raises RequestError for anything else."},
     {"gpu_reports", mil_py_gpu_reports, METH_NOARGS,
      "A dict for each GPU: what it is, which kernels run there with which cuBLASLt, or the "
      "problem.\n"

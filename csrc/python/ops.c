@@ -178,8 +178,7 @@ PyObject *mil_py_op_linear(PyObject *module, PyObject *args)
     mil_op_expect_in(&call, "weight's rows", N, 1, INT32_MAX);
     mil_op_expect_in(&call, "weight's columns", K, 1, INT32_MAX);
     mil_op_expect(&call, o.bias, MIL_DTYPE_F32, MIL_SHAPE(N));
-    bool is_wide = o.out != NULL && o.out->dtype == MIL_DTYPE_F32;
-    mil_op_expect(&call, o.out, is_wide ? MIL_DTYPE_F32 : MIL_DTYPE_BF16, MIL_SHAPE(M, N));
+    mil_op_expect_either(&call, o.out, MIL_DTYPE_F32, MIL_DTYPE_BF16, MIL_SHAPE(M, N));
     return mil_op_run(&call, run_linear, &o);
 }
 

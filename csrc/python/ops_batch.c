@@ -69,10 +69,8 @@ static mil_dtype dtype_of(const batch_operands *o)
 static void expect_batch(mil_op_call *call, const batch_operands *o)
 {
     mil_dtype dtype = dtype_of(o);
-    if (call->status == MIL_OK && o->k_cache->dtype != dtype)
-        call->status = mil_fail(MIL_ERR_ARGUMENT, "%s: k_cache is %s, expected bfloat16 or float16",
-                                call->op, mil_dtype_name(o->k_cache->dtype));
-    mil_op_expect(call, o->k_cache, dtype, MIL_SHAPE(MIL_ANY, MIL_ANY, MIL_ANY, MIL_ANY));
+    mil_op_expect_either(call, o->k_cache, MIL_DTYPE_BF16, MIL_DTYPE_F16,
+                         MIL_SHAPE(MIL_ANY, MIL_ANY, MIL_ANY, MIL_ANY));
     int32_t n_pages = mil_op_size(o->k_cache, 0), K = mil_op_size(o->k_cache, 1);
     int32_t P = mil_op_size(o->k_cache, 2), D = mil_op_size(o->k_cache, 3);
     mil_op_expect(call, o->v_cache, dtype, MIL_SHAPE(n_pages, K, P, D));

@@ -3,6 +3,8 @@
 
 #include "python/call.h"
 
+#include "base/memory.h"
+
 #include <math.h>
 
 #define MAX_RANK 512
@@ -32,6 +34,27 @@ static void check_segments(mil_op_call *call, const lora_operands *o)
     mil_op_expect_in(call, "the last entry of segment_indptr", indptr[G], o->n_rows, o->n_rows);
     for (int32_t i = 0; i < o->n_rows && call->status == MIL_OK; i++)
         mil_op_expect_in(call, "an entry of rows", rows[i], 0, (int64_t)o->n_tokens - 1);
+}
+
+/* Rows of y that are added to twice at once: a sum would be lost. A bit for each row of y. */
+static void check_distinct(mil_op_call *call, const lora_operands *o)
+{
+    const int32_t *rows = (const int32_t *)o->rows->data;
+    uint32_t *seen;
+    if (call->status == MIL_OK)
+        call->status = mil_alloc_checked((void **)&seen, (size_t)o->n_tokens / 32 + 1, sizeof *seen,
+                                         "rows that were seen");
+    if (call->status != MIL_OK)
+        return;
+    for (int32_t i = 0; i < o->n_rows && call->status == MIL_OK; i++) {
+        uint32_t bit = UINT32_C(1) << rows[i] % 32;
+        if (seen[rows[i] / 32] & bit)
+            call->status = mil_fail(MIL_ERR_ARGUMENT,
+                                    "%s: rows[%d] is %d as one before it, expected distinct rows",
+                                    call->op, i, rows[i]);
+        seen[rows[i] / 32] |= bit;
+    }
+    mil_free(seen);
 }
 
 static void check_scales(mil_op_call *call, const mil_operand *scales)
@@ -220,6 +243,8 @@ static void expect_lora(mil_op_call *call, lora_operands *o)
     mil_op_expect(call, o->scales, MIL_DTYPE_F32, MIL_SHAPE(o->n_adapters));
     if (mil_op_can_look(call)) {
         check_segments(call, o);
+        if (o->what & LORA_EXPAND)
+            check_distinct(call, o);
         check_scales(call, o->scales);
     }
 }

@@ -10,7 +10,7 @@
 /* ---- DLPack's ABI ---- */
 
 enum { DL_CPU = 1, DL_CUDA = 2, DL_CUDA_HOST = 3, DL_CUDA_MANAGED = 13 };
-enum { DL_INT = 0, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
+enum { DL_INT = 0, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4, DL_BOOL = 6 };
 
 #define DL_MAJOR 1
 #define DL_READ_ONLY ((uint64_t)1)
@@ -52,19 +52,29 @@ typedef struct dl_exchange {
 
 /* ---- text ---- */
 
-void mil_operand_describe(char text[MIL_OPERAND_TEXT], mil_dtype dtype, int32_t n_dims,
-                          const int32_t *shape)
+#define TEXT 96
+
+/* "bfloat16 [3, ?]" */
+static void describe(char text[TEXT], const char *dtype, int32_t n_dims, const int32_t *shape)
 {
-    int at = snprintf(text, MIL_OPERAND_TEXT, "%s [", mil_dtype_name(dtype));
-    for (int32_t i = 0; i < n_dims && at < MIL_OPERAND_TEXT; i++) {
+    int at = snprintf(text, TEXT, "%s [", dtype);
+    for (int32_t i = 0; i < n_dims && at < TEXT; i++) {
         const char *comma = i == 0 ? "" : ", ";
         if (shape[i] == MIL_ANY)
-            at += snprintf(text + at, (size_t)(MIL_OPERAND_TEXT - at), "%s?", comma);
+            at += snprintf(text + at, (size_t)(TEXT - at), "%s?", comma);
         else
-            at += snprintf(text + at, (size_t)(MIL_OPERAND_TEXT - at), "%s%d", comma, shape[i]);
+            at += snprintf(text + at, (size_t)(TEXT - at), "%s%d", comma, shape[i]);
     }
-    if (at < MIL_OPERAND_TEXT)
-        snprintf(text + at, (size_t)(MIL_OPERAND_TEXT - at), "]");
+    if (at < TEXT)
+        snprintf(text + at, (size_t)(TEXT - at), "]");
+}
+
+/* name: of a dtype that no op takes, else NULL. */
+static void set_dtype(mil_operand *out, mil_dtype dtype, const char *name)
+{
+    out->dtype = dtype;
+    (void)snprintf(out->dtype_name, sizeof out->dtype_name, "%s",
+                   name != NULL ? name : mil_dtype_name(dtype));
 }
 
 /* ---- what the array itself must be ---- */
@@ -74,11 +84,12 @@ typedef struct layout {
     const int64_t *shape;
     const int64_t *strides; /* in units of stride_bytes; NULL: compact */
     int64_t stride_bytes;
+    int64_t item_bytes;
 } layout;
 
 static mil_status check_layout(mil_operand *out, const char *op, const layout *is)
 {
-    int64_t n_bytes = (int64_t)mil_dtype_bytes(out->dtype);
+    int64_t n_bytes = is->item_bytes;
     bool is_compact = true;
     if (is->n_dims < 1 || is->n_dims > MIL_MAX_DIMS)
         return mil_fail(MIL_ERR_ARGUMENT, "%s: %s has %d dimensions, expected 1 to %d", op,
@@ -109,42 +120,34 @@ static mil_status check_layout(mil_operand *out, const char *op, const layout *i
     return MIL_OK;
 }
 
-static mil_status bad_dtype(const mil_operand *out, const char *op, const char *found)
-{
-    return mil_fail(MIL_ERR_ARGUMENT,
-                    "%s: %s is %s, expected float32, bfloat16 (or its bits as uint16), float16 or "
-                    "int32",
-                    op, out->name, found);
-}
-
 /* ---- NumPy ---- */
 
-static mil_status numpy_dtype(mil_operand *out, const char *op, PyArrayObject *array)
+static void numpy_dtype(mil_operand *out, PyArrayObject *array)
 {
     int type = PyArray_TYPE(array);
-    const char *name = PyArray_DESCR(array)->typeobj->tp_name;
-    if (!PyArray_ISNOTSWAPPED(array))
-        return mil_fail(MIL_ERR_ARGUMENT, "%s: %s is byte-swapped, expected native order", op,
-                        out->name);
+    const char *name = PyArray_DESCR(array)->typeobj->tp_name; /* "numpy.int64" */
+    const char *dot = strrchr(name, '.');
     if (type == NPY_FLOAT32)
-        out->dtype = MIL_DTYPE_F32;
+        set_dtype(out, MIL_DTYPE_F32, NULL);
     else if (type == NPY_INT32)
-        out->dtype = MIL_DTYPE_I32;
+        set_dtype(out, MIL_DTYPE_I32, NULL);
     else if (type == NPY_UINT16 ||
              (PyArray_ITEMSIZE(array) == 2 && strstr(name, "bfloat16") != NULL))
-        out->dtype = MIL_DTYPE_BF16;
+        set_dtype(out, MIL_DTYPE_BF16, NULL);
     else if (type == NPY_FLOAT16)
-        out->dtype = MIL_DTYPE_F16;
+        set_dtype(out, MIL_DTYPE_F16, NULL);
     else
-        return bad_dtype(out, op, name);
-    return MIL_OK;
+        set_dtype(out, MIL_DTYPE_OTHER, dot != NULL ? dot + 1 : name);
 }
 
 static mil_status take_numpy(mil_operand *out, const char *op, PyArrayObject *array)
 {
-    MIL_TRY(numpy_dtype(out, op, array));
+    if (!PyArray_ISNOTSWAPPED(array))
+        return mil_fail(MIL_ERR_ARGUMENT, "%s: %s is byte-swapped, expected native order", op,
+                        out->name);
+    numpy_dtype(out, array);
     int64_t shape[NPY_MAXDIMS], strides[NPY_MAXDIMS];
-    layout is = {PyArray_NDIM(array), shape, strides, 1};
+    layout is = {PyArray_NDIM(array), shape, strides, 1, PyArray_ITEMSIZE(array)};
     for (int32_t i = 0; i < is.n_dims; i++) {
         shape[i] = PyArray_DIM(array, i);
         strides[i] = PyArray_STRIDE(array, i);
@@ -158,25 +161,33 @@ static mil_status take_numpy(mil_operand *out, const char *op, PyArrayObject *ar
 
 /* ---- capsules ---- */
 
-static mil_status dlpack_dtype(mil_operand *out, const char *op, const dl_tensor *tensor)
+static void other_dlpack_dtype(mil_operand *out, const dl_tensor *tensor)
 {
-    char found[64];
-    int code = tensor->dtype_code, bits = tensor->dtype_bits;
-    snprintf(found, sizeof found, "DLPack type %d of %d bits, %d lanes", code, bits,
-             tensor->dtype_lanes);
-    if (tensor->dtype_lanes != 1)
-        return bad_dtype(out, op, found);
-    if (code == DL_FLOAT && bits == 32)
-        out->dtype = MIL_DTYPE_F32;
-    else if (code == DL_FLOAT && bits == 16)
-        out->dtype = MIL_DTYPE_F16;
-    else if ((code == DL_BFLOAT || code == DL_UINT) && bits == 16)
-        out->dtype = MIL_DTYPE_BF16;
-    else if (code == DL_INT && bits == 32)
-        out->dtype = MIL_DTYPE_I32;
+    static const char *const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
+    char name[sizeof out->dtype_name];
+    int code = tensor->dtype_code, bits = tensor->dtype_bits, lanes = tensor->dtype_lanes;
+    if (code == DL_BOOL && lanes == 1)
+        (void)snprintf(name, sizeof name, "bool");
+    else if (code < (int)(sizeof kinds / sizeof kinds[0]) && lanes == 1)
+        (void)snprintf(name, sizeof name, "%s%d", kinds[code], bits);
     else
-        return bad_dtype(out, op, found);
-    return MIL_OK;
+        (void)snprintf(name, sizeof name, "DLPack's %d:%d:%d", code, bits, lanes);
+    set_dtype(out, MIL_DTYPE_OTHER, name);
+}
+
+static void dlpack_dtype(mil_operand *out, const dl_tensor *tensor)
+{
+    int code = tensor->dtype_code, bits = tensor->dtype_lanes == 1 ? tensor->dtype_bits : 0;
+    if (code == DL_FLOAT && bits == 32)
+        set_dtype(out, MIL_DTYPE_F32, NULL);
+    else if (code == DL_FLOAT && bits == 16)
+        set_dtype(out, MIL_DTYPE_F16, NULL);
+    else if ((code == DL_BFLOAT || code == DL_UINT) && bits == 16)
+        set_dtype(out, MIL_DTYPE_BF16, NULL);
+    else if (code == DL_INT && bits == 32)
+        set_dtype(out, MIL_DTYPE_I32, NULL);
+    else
+        other_dlpack_dtype(out, tensor);
 }
 
 static mil_status read_dlpack(mil_operand *out, const char *op, const dl_tensor *tensor)
@@ -190,9 +201,9 @@ static mil_status read_dlpack(mil_operand *out, const char *op, const dl_tensor 
     out->is_cuda = device == DL_CUDA || device == DL_CUDA_MANAGED;
     out->ordinal = out->is_cuda ? tensor->device_id : 0;
     out->data = (char *)tensor->data + tensor->byte_offset;
-    MIL_TRY(dlpack_dtype(out, op, tensor));
-    const layout is = {tensor->n_dims, tensor->shape, tensor->strides,
-                       (int64_t)mil_dtype_bytes(out->dtype)};
+    dlpack_dtype(out, tensor);
+    int64_t item_bytes = ((int64_t)tensor->dtype_bits * tensor->dtype_lanes + 7) / 8;
+    const layout is = {tensor->n_dims, tensor->shape, tensor->strides, item_bytes, item_bytes};
     return check_layout(out, op, &is);
 }
 
@@ -278,19 +289,31 @@ int mil_dlpack_stream(void **out, PyObject *exchange_api, int32_t device_type, i
 
 /* ---- what an op wants of it ---- */
 
-mil_status mil_operand_expect(const mil_operand *operand, const char *op, mil_dtype dtype,
-                              int32_t n_dims, const int32_t *shape)
+static mil_status unexpected(const mil_operand *operand, const char *op, mil_dtype dtype,
+                             mil_dtype other, int32_t n_dims, const int32_t *shape)
 {
-    bool is_expected = operand->dtype == dtype && operand->n_dims == n_dims;
+    char found[TEXT], expected[TEXT], dtypes[32];
+    bool is_dtype = operand->dtype == dtype || operand->dtype == other;
+    bool takes_bits = dtype == MIL_DTYPE_BF16 || other == MIL_DTYPE_BF16;
+    (void)snprintf(dtypes, sizeof dtypes, "%s%s%s", mil_dtype_name(dtype),
+                   other != dtype ? " or " : "", other != dtype ? mil_dtype_name(other) : "");
+    describe(found, operand->dtype_name, operand->n_dims, operand->shape);
+    describe(expected, dtypes, n_dims, shape);
+    return mil_fail(
+        MIL_ERR_ARGUMENT, "%s: %s is %s, expected %s%s", op, operand->name, found, expected,
+        !is_dtype && takes_bits && operand->array != NULL ? " (bfloat16 as its bits in uint16)"
+                                                          : "");
+}
+
+mil_status mil_operand_expect(const mil_operand *operand, const char *op, mil_dtype dtype,
+                              mil_dtype other, int32_t n_dims, const int32_t *shape)
+{
+    bool is_expected =
+        (operand->dtype == dtype || operand->dtype == other) && operand->n_dims == n_dims;
     for (int32_t i = 0; is_expected && i < n_dims; i++)
         is_expected = shape[i] == MIL_ANY || shape[i] == operand->shape[i];
-    if (!is_expected) {
-        char found[MIL_OPERAND_TEXT], expected[MIL_OPERAND_TEXT];
-        mil_operand_describe(found, operand->dtype, operand->n_dims, operand->shape);
-        mil_operand_describe(expected, dtype, n_dims, shape);
-        return mil_fail(MIL_ERR_ARGUMENT, "%s: %s is %s, expected %s", op, operand->name, found,
-                        expected);
-    }
+    if (!is_expected)
+        return unexpected(operand, op, dtype, other, n_dims, shape);
     if (operand->is_written && operand->is_read_only)
         return mil_fail(MIL_ERR_ARGUMENT, "%s: %s is read-only, expected a writable array", op,
                         operand->name);

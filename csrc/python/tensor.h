@@ -7,6 +7,7 @@
 #include "python/state.h"
 
 #define MIL_MAX_DIMS 4
+#define MIL_DTYPE_OTHER ((mil_dtype) - 1)
 
 typedef struct mil_operand {
     const char *name; /* as errors say it */
@@ -14,7 +15,8 @@ typedef struct mil_operand {
     size_t n_bytes;
     int32_t n_dims;
     int32_t shape[MIL_MAX_DIMS];
-    mil_dtype dtype; /* uint16 counts as the bits of bfloat16 */
+    mil_dtype dtype;     /* uint16 counts as the bits of bfloat16; MIL_DTYPE_OTHER: no op's */
+    char dtype_name[32]; /* as errors say it */
     bool is_cuda;
     int32_t ordinal;
     bool is_read_only;
@@ -26,21 +28,19 @@ typedef struct mil_operand {
 } mil_operand;
 
 /* Fill *out from a NumPy array or a capsule; needs the GIL. Refuses what no op takes: an unknown
- * dtype or device, more than MIL_MAX_DIMS dimensions, rows with gaps, addresses that are no
- * multiple of 16. On failure nothing is held. */
+ * device, more than MIL_MAX_DIMS dimensions, rows with gaps, addresses that are no multiple of 16.
+ * An unknown dtype is for mil_operand_expect to refuse, which knows what was wanted. On failure
+ * nothing is held. */
 mil_status mil_operand_take(mil_operand *out, const char *op, const char *name, PyObject *object)
     MIL_WARN_UNUSED;
 void mil_operand_release(mil_operand *operand);
 
-/* dtype and shape must be these; a size of MIL_ANY is any. What is written must be writable. */
+/* The dtype must be one of these two (the same twice where one alone will do), the shape this one;
+ * a size of MIL_ANY is any. What is written must be writable. */
 #define MIL_ANY (-1)
 mil_status mil_operand_expect(const mil_operand *operand, const char *op, mil_dtype dtype,
-                              int32_t n_dims, const int32_t *shape) MIL_WARN_UNUSED;
-
-/* "bfloat16 [3, 8]" */
-#define MIL_OPERAND_TEXT 96
-void mil_operand_describe(char text[MIL_OPERAND_TEXT], mil_dtype dtype, int32_t n_dims,
-                          const int32_t *shape);
+                              mil_dtype other, int32_t n_dims, const int32_t *shape)
+    MIL_WARN_UNUSED;
 
 /* The stream that a producer now works on, by its type's table for DLPack (the capsule
  * __dlpack_c_exchange_api__, DLPack 1.3); needs the GIL. 1; 0 where the table has no function that

@@ -39,13 +39,16 @@ TEST(an_indivisible_world_is_refused_with_both_numbers)
 
 TEST(an_unknown_device_is_refused_with_what_is_served)
 {
+    static const char *const names[] = {"tpu", "cuda:+1", "cuda:01", "cpu:3"};
     mil_config config = dummy_config();
     mil_checkpoint_info checkpoint = {.is_dummy = true};
-    mil_model_options options = {.device = "tpu", .tensor_parallel = 1};
-    mil_model *model;
-    CHECK_INT(mil_model_open(&model, &config, &checkpoint, &options), MIL_ERR_ARGUMENT);
-    CHECK(strstr(mil_status_message(), "'tpu'") != NULL);
-    CHECK(strstr(mil_status_message(), "'cpu'") != NULL);
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        mil_model_options options = {.device = names[i], .tensor_parallel = 1};
+        mil_model *model;
+        CHECK_INT(mil_model_open(&model, &config, &checkpoint, &options), MIL_ERR_ARGUMENT);
+        CHECK(strstr(mil_status_message(), names[i]) != NULL);
+        CHECK(strstr(mil_status_message(), "'cpu'") != NULL);
+    }
 }
 
 TEST(weights_beyond_memory_are_refused_with_both_figures_before_they_are_taken)

@@ -53,7 +53,8 @@ def _capsule(address: int, name: bytes) -> Any:
 
 class Producer:
     """An array at an address. strides: in elements, None for NULL; flags and major: of a versioned
-    tensor. Counts how often a tensor of its was given back."""
+    tensor; told_dtype: DLPack's (code, bits, lanes). Counts how often a tensor of its was given
+    back."""
 
     def __init__(
         self,
@@ -67,10 +68,12 @@ class Producer:
         flags: int = 0,
         major: int = 1,
         is_versioned: bool = True,
+        told_dtype: tuple[int, int, int] | None = None,
     ) -> None:
         self.address, self.shape, self.dtype, self.device = address, shape, dtype, device
         self.is_versioned, self.flags, self.major = is_versioned, flags, major
         self.byte_offset, self.n_deleted = byte_offset, 0
+        self.told_dtype = told_dtype or (CODES[dtype.kind], 8 * dtype.itemsize, 1)
         self._sizes = (ct.c_int64 * len(shape))(*shape)
         self._strides = None if strides is None else (ct.c_int64 * len(strides))(*strides)
         self._deleter = _DELETER(self._delete)
@@ -92,8 +95,8 @@ class Producer:
         self, *, stream: int | None = None, max_version: tuple[int, int] | None = None
     ) -> Any:
         tensor = _Tensor(
-            self.address, *self.device, len(self.shape), CODES[self.dtype.kind],
-            8 * self.dtype.itemsize, 1, ct.cast(self._sizes, ct.c_void_p),
+            self.address, *self.device, len(self.shape), *self.told_dtype,
+            ct.cast(self._sizes, ct.c_void_p),
             None if self._strides is None else ct.cast(self._strides, ct.c_void_p),
             self.byte_offset,
         )  # fmt: skip

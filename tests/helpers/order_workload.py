@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,7 @@ class Traffic:
             max_model_len=self.max_length,
             page_size=page,
             kv_cache_bytes=(1 + n_pages) * page * loaded.config.kv_bytes_per_token(),
-            poison=os.environ.get("MILPY_POISON") == "1",
+            poison=_C.read_switch("MILPY_POISON", False),
             **options,
         )
         self.loop = threading.Thread(target=self.engine.run)

@@ -120,6 +120,8 @@ def test_a_spoilt_model_is_named_and_nothing_is_held(
     ("options", "error", "message"),
     [
         ({"device": "tpu"}, ConfigError, 'device is "tpu", expected auto, cpu, cuda or cuda:N'),
+        ({"device": "cuda:+1"}, ConfigError, r'device is "cuda:\+1", expected auto, cpu, cuda or'),
+        ({"device": "cuda:01"}, ConfigError, 'device is "cuda:01", expected auto, cpu, cuda or'),
         ({"dtype": "float16"}, ConfigError, 'dtype is "float16", expected .*not built yet'),
         ({"dtype": "float32"}, ConfigError, 'dtype is "float32", expected .*not built yet'),
         ({"load_format": "pt"}, ConfigError, 'load_format is "pt", expected auto or dummy'),
@@ -199,6 +201,19 @@ def test_options_may_be_numpys_scalars(model: Path) -> None:
 def test_no_such_model_is_named() -> None:
     with pytest.raises(HubError, match="/no/such/folder: no such folder"):
         LLM("/no/such/folder")
+
+
+@pytest.mark.parametrize("name", ["MILPY_CHECK", "MILPY_POISON"])
+@pytest.mark.parametrize("value", ["on", "yes", "2", " 1"])
+def test_a_switch_that_is_neither_on_nor_off_is_refused_and_nothing_is_held(
+    model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Anything but 1 was taken for off, as nobody meant it who wrote it."""
+    before = _C.memory_held()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RequestError, match=f'^{name} is "{value}", expected 0 or 1$'):
+        LLM(model, progress=False)
+    assert _C.memory_held() <= before
 
 
 # ---- requests ----

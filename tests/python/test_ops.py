@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import ml_dtypes
@@ -228,11 +230,78 @@ F32, BITS = np.float32, np.uint16
         ({"out": off_by(2, (2, 8), BITS)}, "out begins 2 bytes past"),
         ({"device": "tpu"}, 'device is "tpu", expected "cpu", "cuda" or "cuda:N"'),
         ({"device": "cuda:x"}, 'device is "cuda:x", expected'),
+        ({"device": "cuda:+1"}, r'device is "cuda:\+1", expected'),
+        ({"device": "cuda: 1"}, 'device is "cuda: 1", expected'),
+        ({"device": "cuda:01"}, 'device is "cuda:01", expected'),
     ],
 )
 def test_what_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=f"^rms_norm: .*{message}"):
         norm_call(**changed)
+
+
+def embedding_with(**changed: Any) -> Array:
+    return ops.embedding(**{"tokens": int32(0, 2), "weight": np.ones((3, 8), BITS), **changed})
+
+
+def linear_of(**changed: Any) -> Array:
+    return ops.linear(**{"x": np.ones((2, 8), BITS), "weight": np.ones((3, 8), BITS), **changed})
+
+
+def sample_of(**changed: Any) -> Array:
+    return ops.sample(**{"logits": np.ones((2, 9), F32), "params": params_with(3, 0), **changed})
+
+
+@pytest.mark.parametrize(
+    ("call", "changed", "message"),
+    [
+        (embedding_with, {"tokens": np.zeros(3, np.int64)}, "int64 [3], expected int32 [?]"),
+        (embedding_with, {"tokens": np.zeros(3, bool)}, "bool [3], expected int32 [?]"),
+        (embedding_with, {"tokens": np.zeros(3, object)}, "object_ [3], expected int32 [?]"),
+        (
+            embedding_with,
+            {"weight": np.ones((3, 8))},
+            "float64 [3, 8], expected bfloat16 [?, ?] (bfloat16 as its bits in uint16)",
+        ),
+        (
+            linear_of,
+            {"weight": np.ones((3, 8), F32)},
+            "float32 [3, 8], expected bfloat16 [?, 8] (bfloat16 as its bits in uint16)",
+        ),
+        (
+            linear_of,
+            {"out": np.ones((2, 3))},
+            "float64 [2, 3], expected float32 or bfloat16 [2, 3] (bfloat16 as its bits in uint16)",
+        ),
+        (
+            linear_of,
+            {"out": np.ones((2, 4), BITS)},
+            "bfloat16 [2, 4], expected float32 or bfloat16 [2, 3]",
+        ),
+        (linear_of, {"bias": np.ones(3, np.float16)}, "float16 [3], expected float32 [3]"),
+        (sample_of, {"positions": np.zeros(2, np.int64)}, "int64 [2], expected int32 [2]"),
+        (sample_of, {"params": np.zeros((2, 6), "u4")}, "uint32 [2, 6], expected int32 [2, 6]"),
+        (sample_of, {"logits": np.ones((2, 9))}, "float64 [2, 9], expected float32 [?, ?]"),
+    ],
+)
+def test_a_dtype_is_told_beside_what_its_operand_wants(
+    call: Callable[..., Array], changed: dict[str, Any], message: str
+) -> None:
+    """Where no op takes the dtype, all said "expected float32, bfloat16, float16 or int32"."""
+    (name,) = changed
+    call()
+    with pytest.raises(RequestError, match=rf": {name} is {re.escape(message)}$"):
+        call(**changed)
+
+
+def test_what_comes_from_a_product_may_be_float32_on_the_cpu_alone() -> None:
+    wanted = r"gate_up is float64 \[2, 8\], expected bfloat16 or float32 \[\?, \?\]"
+    for device in (None, "cpu"):
+        with pytest.raises(RequestError, match=wanted):
+            ops.silu_and_mul(np.ones((2, 8)), device=device)
+    for dtype in (np.float32, np.float64):
+        with pytest.raises(RequestError, match=r"gate_up is .* \[2, 8\], expected bfloat16 \[\?, "):
+            ops.silu_and_mul(np.ones((2, 8), dtype), device="cuda:0")
 
 
 def test_a_read_only_input_is_fine_where_nothing_is_written(rng: np.random.Generator) -> None:
@@ -348,6 +417,10 @@ def test_logprobs_have_the_columns_of_the_one_array_that_is_given() -> None:
                 np.ones((2, 9), F32), ops.sampling_params(2), ranks=np.zeros(2, F32)
             ),
             "ranks is float32 .*, expected int32",
+        ),
+        (
+            lambda: ops.sample_logprobs(np.ones((2, 9), F32), np.full((2, 6), NAN)),
+            r"params is float64 \[2, 6\], expected int32 \[2, 6\]",
         ),
         (
             lambda: ops.sample(np.ones((2, 9), F32), params_with(2, 0)),
@@ -513,6 +586,11 @@ def int32(*values: int) -> Array:
         ({"page_table": int32(0, -1, 2, 3).reshape(2, 2)}, "a page in use is -1, expected 0 to 3"),
         ({"q": np.zeros((3, 2, 24), BITS)}, r"q is bfloat16 \[3, 2, 24\], expected .*, 32\]"),
         ({"v_cache": np.zeros((4, 1, 16, 24), BITS)}, "v_cache is bfloat16"),
+        (
+            {"k_cache": np.zeros((4, 1, 16, 32))},
+            "k_cache is float64 .*, expected bfloat16 or float16",
+        ),
+        ({"kv_lengths": np.array([20, 3])}, r"kv_lengths is int64 \[2\], expected int32 \[2\]"),
         ({"page_table": np.zeros((2, 0), np.int32)}, "page_table's columns is 0, expected 1 to"),
         (
             {
@@ -573,6 +651,7 @@ def test_lora(rng: np.random.Generator, T: int, K: int, N: int, R: int, kind: st
         ({"segment_indptr": int32(0, 3)}, "an entry of segment_indptr is 3, expected 0 to 2"),
         ({"segment_indptr": int32(0, 1)}, "the last entry of segment_indptr is 1, expected 2 to 2"),
         ({"segment_adapter": int32(2)}, "an entry of segment_adapter is 2, expected 0 to 1"),
+        ({"rows": np.array([0, 3])}, r"rows is int64 \[2\], expected int32 \[\?\]"),
         ({"rows": int32(0, 4)}, "an entry of rows is 4, expected 0 to 3"),
         ({"b": np.zeros((2, 6, 8), BITS)}, r"b is bfloat16 \[2, 6, 8\], expected .* \[2, 5, 8\]"),
         ({"scale": np.ones(3, np.float32)}, r"scale is float32 \[3\], expected float32 \[2\]"),
@@ -594,6 +673,30 @@ def test_what_lora_refuses(changed: dict[str, Any], message: str) -> None:
     ops.lora(**arrays)
     with pytest.raises(RequestError, match=message):
         ops.lora(**{**arrays, **changed})
+
+
+@pytest.mark.parametrize("n_tokens", [1, 31, 32, 33, 5000])
+def test_a_row_that_a_sum_goes_to_comes_once(n_tokens: int) -> None:
+    """One that came twice passed, and lost a sum where two threads met."""
+    rows = np.random.default_rng(5).permutation(n_tokens).astype(np.int32)
+    a, b = np.zeros((2, 8, 16), BITS), np.zeros((2, 5, 8), BITS)
+    x, y, v = np.zeros((n_tokens, 16), BITS), np.zeros((n_tokens, 5), BITS), np.zeros((1, 8), F32)
+    ops.lora(y, x, a, b, int32(0, n_tokens), int32(1), rows)
+    if n_tokens == 1:
+        return
+    cut = int32(0, n_tokens // 2, n_tokens)  # in another segment, too, it is the same row
+    rows[-1] = rows[0]
+    message = f"rows[{n_tokens - 1}] is {rows[0]} as one before it, expected distinct rows"
+    with pytest.raises(RequestError, match=f"^lora: {re.escape(message)}"):
+        ops.lora(y, x, a, b, cut, int32(1, 0), rows)
+    with pytest.raises(RequestError, match=f"^lora_expand: {re.escape(message)}"):
+        ops.lora_expand(y, np.repeat(v, n_tokens, 0), b, cut, int32(1, 0), rows)
+
+
+def test_a_row_that_is_only_read_may_come_twice(rng: np.random.Generator) -> None:
+    x, a = bfloat16(normal(rng, 4, 16)), bfloat16(normal(rng, 1, 8, 16))
+    v = ops.lora_shrink(x, a, int32(0, 4), int32(0), int32(2, 3, 3, 2))
+    close(v, wide(x)[[2, 3, 3, 2]] @ wide(a)[0].T, 1e-5, 1e-4)
 
 
 # ---- scalars ----
@@ -733,7 +836,17 @@ def test_rope_tables_take_numpys_scalars_and_are_finite_at_their_limits() -> Non
     assert ops.rope_tables(0, 2)[0].shape == (0, 1)
 
 
-@pytest.mark.parametrize("stream", [-1, 2**64, 1.5, NAN, True, "7", np.array(1.5), b"7"])
+class Closed:
+    def __int__(self) -> int:
+        raise ValueError("this stream is closed")
+
+
+NO_HANDLES = [Decimal("7.5"), Decimal("nan"), Fraction(15, 2), Closed()]
+
+
+@pytest.mark.parametrize(
+    "stream", [*[-1, 2**64, 1.5, NAN, True, "7", np.array(1.5), b"7"], *NO_HANDLES]
+)
 def test_a_stream_is_a_handle(stream: Any) -> None:
     with pytest.raises(RequestError, match="^rms_norm: stream is .*, expected an integer in 0"):
         norm_with(1.0, stream=stream)
@@ -748,7 +861,7 @@ def test_a_handle_may_be_an_object_that_int_opens() -> None:
         norm_with(1.0, stream=stream)
 
 
-@pytest.mark.parametrize("device", [0, True, b"cuda", ("cuda", 0)])
+@pytest.mark.parametrize("device", [0, True, b"cuda", ("cuda", 0), "cpu\0", "\ud800"])
 def test_a_device_is_a_string(device: Any) -> None:
     with pytest.raises(RequestError, match='^rms_norm: device is .*, expected "cpu", "cuda" or'):
         norm_with(1.0, device=device)

@@ -108,6 +108,20 @@ def test_what_a_capsule_may_not_say(told: dict[str, Any], message: str) -> None:
     assert x.n_deleted == 1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ((0, 64, 1), "int64"), ((1, 8, 1), "uint8"), ((2, 64, 1), "float64"), ((6, 8, 1), "bool"),
+        ((5, 64, 1), "complex64"), ((2, 32, 4), "DLPack's 2:32:4"), ((17, 4, 1), "DLPack's 17:4:1"),
+    ],
+)  # fmt: skip
+def test_a_capsules_dtype_is_told_by_name(dtype: tuple[int, int, int], name: str) -> None:
+    tokens = Producer(1 << 20, (3,), np.dtype(np.int32), told_dtype=dtype)
+    with pytest.raises(RequestError, match=rf"tokens is {name} \[3\], expected int32 \[\?\]$"):
+        ops.embedding(tokens, bits(4, 8), out=ones(3, 8))
+    assert tokens.n_deleted == 1
+
+
 def test_a_read_only_tensor_may_be_read() -> None:
     residual = Producer.of(ones(2, 8), flags=1)
     norm(ones(2, 8), residual=residual)

@@ -79,20 +79,31 @@ class Machine:
         assert done.returncode == 0
         return done.stdout, done.stderr
 
-    def make(self, *variables: str) -> tuple[int, str, str]:
-        """Its status, what it takes for CUDA, and what it says."""
+    def run_make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         shutil.copy(ROOT / "Makefile", self.root / "tree")
         write(self.root / "tree/csrc/base/file.c")
-        show = "--eval=show-cuda: ; $(info $(CUDA)) @:"
-        command = [str(shutil.which("make")), show, "show-cuda", f"PYTHON={self.python}"]
-        done = subprocess.run(
-            [*command, *variables],
+        return subprocess.run(
+            [str(shutil.which("make")), *arguments, f"PYTHON={self.python}"],
             cwd=self.root / "tree",
             env=self.env,
             capture_output=True,
             text=True,
         )
+
+    def make(self, *variables: str) -> tuple[int, str, str]:
+        """Its status, what it takes for CUDA, and what it says."""
+        show = "--eval=show-cuda: ; $(info $(CUDA)) @:"
+        done = self.run_make(show, "show-cuda", *variables)
         return done.returncode, done.stdout.strip(), done.stderr
+
+    def links(self, *variables: str) -> list[str]:
+        """What it would say of what it links for `make ext chaos` and the shim."""
+        for folder in ("csrc", "tests/chaos", "tests/shim"):
+            shutil.copytree(ROOT / folder, self.root / "tree" / folder)
+        wanted = ["ext", "chaos", "build/tests/libshim.so", "NUMPY_INCLUDE=none"]
+        done = self.run_make("-n", *wanted, *variables)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r'echo "  link (.*)"', done.stdout)
 
 
 @pytest.fixture
@@ -269,6 +280,15 @@ def test_make_builds_without_where_none_is_asked_for(machine: Machine, mode: str
     """An empty MILPY_CUDA is as none."""
     machine.toolkit("usr/local/cuda")
     assert machine.make(f"MILPY_CUDA={mode}") == (0, "", "")
+
+
+@pytest.mark.parametrize(("mode", "says"), [("0", "no CUDA"), ("auto", "no CUDA"), ("1", "CUDA")])
+def test_make_says_whether_cuda_is_in_what_it_links(machine: Machine, mode: str, says: str) -> None:
+    """A plain `make` without a GPU took it out again, and said as little as the one before."""
+    machine.toolkit("usr/local/cuda")
+    links = machine.links(f"MILPY_CUDA={mode}")
+    assert len(links) == 5
+    assert all(re.fullmatch(rf"\S+\.so \({says}\)", link) for link in links), links
 
 
 def test_make_ends_where_cuda_must_be_and_is_not(machine: Machine) -> None:

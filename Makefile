@@ -162,7 +162,7 @@ cuda-all: ext chaos $(SHIM) $(TREE)/bench/bench_ops
 
 # What the driver compiles on a GPU that is newer than all that there is code for.
 PTX := -gencode=arch=compute_80,code=compute_80
-ptx:                              ## extension and shim with portable PTX alone, in build/ptx: test_gpu.py's stage ptx
+ptx:                              ## extension and shim, portable kernels as PTX alone, in build/ptx: test_gpu.py's stage ptx
 	@$(MAKE) ptx-all MILPY_CUDA=1 TREE=build/ptx CUDA_BUILD=build/ptx/cuda EXT_DIR=build/ptx/milpy \
 		GENCODE="$(PTX)"
 

@@ -46,8 +46,8 @@ class LLM:
     of the share; kv_cache_bytes overrules it, and adapters that are loaded later take of what is
     then free. enforce_eager runs decode steps without CUDA graphs; deterministic keeps batch mates
     from changing a row's bits, at a price (the CPU always does), unless they take a sequence's KV
-    pages: what it has answered is then computed anew, as a prompt is. At most
-    max_num_batched_tokens - 2 requests run at once under it, and that is at least 3.
+    pages: what it has answered is then computed anew, as a prompt is. On a GPU at most
+    max_num_batched_tokens - 2 requests then run at once, of max_num_batched_tokens >= 3.
 
     load_format="dummy" makes random weights by `seed` from config.json alone. tokenizer names
     another folder for tokenizer.json; without one, prompts are token ids. progress shows a bar

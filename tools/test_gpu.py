@@ -5,8 +5,9 @@ tests; so does `make test-gpu-here`, for the Python as it is.
 
 kernels    tests/kernels, a process for each file
 models     every other test on a GPU, one after another: they measure the GPU's memory
-ptx        tests/kernels with what `make ptx` built: the portable path from PTX alone, which the
-           driver compiles here as it does on a GPU after Hopper
+ptx        tests/kernels with what `make ptx` built: the portable kernels as PTX alone, which the
+           driver compiles here as it does on a GPU after Hopper (a Python that a test starts itself
+           has the ordinary build)
 portable   tests/model on the portable path
 sanitize   tools/sanitize.sh: compute-sanitizer over every kernel; it takes none of the options
 

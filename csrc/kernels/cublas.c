@@ -114,7 +114,7 @@ static mil_status check_driver(const library *lib, int driver)
 static mil_status open_library(void **handle, int driver)
 {
     static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12", NULL};
-    char is_for[16], reason[1024];
+    char is_for[16], reason[900]; /* what follows it shall be told whole */
     const char *named = getenv("MILPY_CUBLASLT");
     bool is_named = named != NULL && named[0] != '\0';
     bool runs_13 = driver >= 13000;
@@ -124,8 +124,8 @@ static mil_status open_library(void **handle, int driver)
         return status;
     show_version(is_for, sizeof is_for, driver);
     (void)snprintf(reason, sizeof reason, "%s", mil_status_message());
-    return mil_fail(status, "%s; the driver is for CUDA %s: pip install %s brings one for it",
-                    reason, is_for, runs_13 ? "'nvidia-cublas>=13,<14'" : "nvidia-cublas-cu12");
+    return mil_fail(status, "%s; expected one for the driver's CUDA %s, as the wheel %s has it",
+                    reason, is_for, runs_13 ? "nvidia-cublas 13" : "nvidia-cublas-cu12");
 }
 
 /* The library stays loaded until the process ends: its kernels are registered with the driver. */

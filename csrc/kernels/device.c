@@ -25,31 +25,48 @@ struct mil_graph {
 
 /* ---- errors ---- */
 
+static cudaError_t find_entry(void **out, const char *name)
+{
+    enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    *out = NULL;
+    /* As CUDA 12.0 had it, where the youngest of those we ask for was new. */
+#if CUDART_VERSION >= 12050
+    cudaError_t error =
+        cudaGetDriverEntryPointByVersion(name, out, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t error = cudaGetDriverEntryPoint(name, out, cudaEnableDefault, &found);
+#endif
+    if (found != cudaDriverEntryPointSuccess)
+        *out = NULL;
+    return error;
+}
+
 /* Asking cudart how much is free would make a context where none is current. */
 static bool has_context(void)
 {
     void *get;
     CUcontext now = NULL;
-    return mil_cuda_driver_find(&get, "cuCtxGetCurrent") == MIL_OK &&
-           ((__typeof__(&cuCtxGetCurrent))get)(&now) == CUDA_SUCCESS && now != NULL;
+    if (find_entry(&get, "cuCtxGetCurrent") != cudaSuccess)
+        (void)cudaGetLastError();
+    return get != NULL && ((__typeof__(&cuCtxGetCurrent))get)(&now) == CUDA_SUCCESS && now != NULL;
 }
 
 /* A driver's own needs, streams and kernels and graphs, have no size that could be told. */
 static mil_status out_of_memory(const char *what)
 {
     size_t is_free, total;
+    const char *name = cudaGetErrorName(cudaErrorMemoryAllocation);
     if (!has_context())
         return mil_fail(MIL_ERR_MEMORY,
-                        "cuda: %s: the GPU's memory is full: a context alone takes some 0.5 GiB "
-                        "(nvidia-smi tells who holds it)",
-                        what);
+                        "cuda: %s: out of memory (%s), where a context takes some 0.5 GiB of a "
+                        "GPU",
+                        what, name);
     if (cudaMemGetInfo(&is_free, &total) != cudaSuccess) {
         (void)cudaGetLastError();
-        return mil_fail(MIL_ERR_MEMORY, "cuda: %s: the GPU's memory is full", what);
+        return mil_fail(MIL_ERR_MEMORY, "cuda: %s: out of memory (%s)", what, name);
     }
-    return mil_fail(MIL_ERR_MEMORY,
-                    "cuda: %s: the GPU's memory is full: %.3f GiB of %.3f GiB are free", what,
-                    (double)is_free / GIB, (double)total / GIB);
+    return mil_fail(MIL_ERR_MEMORY, "cuda: %s: out of memory (%s), %.3f GiB of %.3f GiB are free",
+                    what, name, (double)is_free / GIB, (double)total / GIB);
 }
 
 mil_status mil_cuda_status(cudaError_t error, const char *what)
@@ -114,34 +131,34 @@ static mil_status check_device(int32_t ordinal)
     return check_capability(label, major, minor);
 }
 
+/* Why there is none: each one's reason. */
 mil_status mil_cuda_find_device(int32_t *ordinal)
 {
     int32_t n_devices;
-    mil_status status = MIL_ERR_DEVICE;
+    char reasons[900] = "";
+    *ordinal = 0;
     MIL_TRY(mil_cuda_count(&n_devices));
-    for (int32_t i = 0; i < n_devices && status != MIL_OK; i++) {
-        status = check_device(i);
-        *ordinal = status == MIL_OK ? i : 0;
+    for (int32_t i = 0; i < n_devices; i++) {
+        if (check_device(i) == MIL_OK) {
+            *ordinal = i;
+            return MIL_OK;
+        }
+        size_t used = strlen(reasons);
+        (void)snprintf(reasons + used, sizeof reasons - used, "%s%s", used > 0 ? "; " : "",
+                       mil_status_message());
     }
-    return status;
+    return mil_fail(MIL_ERR_DEVICE, "%s", reasons);
 }
 
 /* ---- on the right device ---- */
 
 mil_status mil_cuda_driver_find(void **out, const char *name)
 {
-    enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    *out = NULL;
-    /* As CUDA 12.0 had it, where the youngest of those we ask for was new. */
-#if CUDART_VERSION >= 12050
-    MIL_CUDA_TRY(cudaGetDriverEntryPointByVersion(name, out, 12000, cudaEnableDefault, &found));
-#else
-    MIL_CUDA_TRY(cudaGetDriverEntryPoint(name, out, cudaEnableDefault, &found));
-#endif
-    if (found == cudaDriverEntryPointSuccess && *out != NULL)
-        return MIL_OK;
-    return mil_fail(MIL_ERR_DEVICE,
-                    "cuda: the driver has no %s, expected that of CUDA 12.0 or newer", name);
+    MIL_CUDA_TRY(find_entry(out, name));
+    return *out != NULL
+               ? MIL_OK
+               : mil_fail(MIL_ERR_DEVICE,
+                          "cuda: the driver has no %s, expected that of CUDA 12.0 or newer", name);
 }
 
 /* The driver numbers its errors as cudart does. */

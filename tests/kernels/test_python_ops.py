@@ -177,7 +177,7 @@ def test_only_a_product_that_needs_cublaslt_asks_for_it() -> None:
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            "MILPY_CUBLASLT": "/nonexistent/libcublasLt.so",
+            "MILPY_CUBLASLT": "/nonexistent/lt.so",
         },
         capture_output=True,
         text=True,

@@ -1,5 +1,7 @@
 #include "shim.h"
 
+#include "base/switch.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -157,7 +159,7 @@ mil_status shim_create(shim **out, const char *isa, int32_t n_threads, const mil
         return mil_fail(MIL_ERR_MEMORY, "shim: no memory");
     s->maxima = *maxima;
     s->maxima.n_threads = n_threads;
-    MIL_TRY_GOTO(shim_bare_is_asked(&s->is_bare), failed);
+    MIL_TRY_GOTO(mil_switch_read(&s->is_bare, "MILPY_SHIM_BARE", false), failed);
     MIL_TRY_GOTO(find(s, isa), failed);
     if (s->context.backend->device->is_host)
         MIL_TRY_GOTO(mil_pool_create(&s->context.pool, n_threads, NULL), failed);

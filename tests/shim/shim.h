@@ -70,7 +70,6 @@ mil_status shim_leave(shim *s, mil_status status);
 
 /* ---- shim_bare.c ---- */
 
-mil_status shim_bare_is_asked(bool *is_bare);
 /* Caller gives it back, through shim_bare_give. is_host: malloc's, else cudaMalloc's. */
 mil_status shim_bare_take(bool is_host, mil_slab *slab, size_t n_bytes, const char *what);
 void shim_bare_give(bool is_host, mil_slab *slab); /* a zeroed slab is fine */

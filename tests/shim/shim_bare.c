@@ -14,16 +14,6 @@ int cudaMalloc(void **out, size_t n_bytes) __attribute__((weak));
 int cudaFree(void *data) __attribute__((weak));
 int cudaGetLastError(void) __attribute__((weak));
 
-mil_status shim_bare_is_asked(bool *is_bare)
-{
-    const char *value = getenv("MILPY_SHIM_BARE");
-    bool is_set = value != NULL && value[0] != '\0';
-    *is_bare = is_set && strcmp(value, "1") == 0;
-    if (is_set && !*is_bare && strcmp(value, "0") != 0)
-        return mil_fail(MIL_ERR_ARGUMENT, "MILPY_SHIM_BARE is \"%s\", expected 0 or 1", value);
-    return MIL_OK;
-}
-
 mil_status shim_bare_take(bool is_host, mil_slab *slab, size_t n_bytes, const char *what)
 {
     /* An empty array is not NULL. */

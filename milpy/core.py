@@ -82,8 +82,9 @@ class Core:
     """A running model. Close it, or its memory stays until the process ends."""
 
     def __init__(self, model: str | Path, options: EngineOptions) -> None:
-        # The core reads MILPY_CHECK itself; a bad one is told before weights are read.
-        poison, _ = (_C.read_switch(name, False) for name in ("MILPY_POISON", "MILPY_CHECK"))
+        # Bad ones are told before weights are read; MILPY_CHECK the core reads itself.
+        poison = _C.read_switch("MILPY_POISON", False)
+        _C.read_switch("MILPY_CHECK", False)
         loaded = load(model, options)
         self.folder = loaded.folder
         self.config = loaded.config

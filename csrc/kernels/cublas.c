@@ -206,13 +206,11 @@ static mil_status create(mil_queue *queue)
 
 mil_status mil_cublas_open(mil_queue *queue)
 {
-    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    mil_cuda_call it;
     if (queue->cublas != NULL)
         return MIL_OK;
-    MIL_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode));
-    mil_status status = create(queue);
-    (void)cudaThreadExchangeStreamCaptureMode(&mode);
-    return status;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    return mil_cuda_end_call(queue, &it, create(queue));
 }
 
 static void forget(const library *lib, lt_entry *entry)
@@ -451,10 +449,9 @@ static mil_status queue_product(mil_queue *queue, lt_entry *entry, const mil_cub
 static mil_status queue_first(mil_queue *queue, lt_entry *entry, const mil_cublas_product *p,
                               bool *is_served)
 {
-    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    MIL_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode));
-    mil_status status = queue_product(queue, entry, p, is_served);
-    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+    mil_cuda_call it;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    mil_status status = mil_cuda_end_call(queue, &it, queue_product(queue, entry, p, is_served));
     entry->is_warm = status == MIL_OK && *is_served;
     return status;
 }

@@ -65,8 +65,8 @@ static mil_status out_of_memory(const char *what)
         (void)cudaGetLastError();
         return mil_fail(MIL_ERR_MEMORY, "cuda: %s: out of memory (%s)", what, name);
     }
-    return mil_fail(MIL_ERR_MEMORY, "cuda: %s: out of memory (%s), %.3f GiB of %.3f GiB are free",
-                    what, name, (double)is_free / GIB, (double)total / GIB);
+    return mil_fail(MIL_ERR_MEMORY, "cuda: %s: out of memory (%s), %s of %s are free", what, name,
+                    mil_memory_show(is_free).text, mil_memory_show(total).text);
 }
 
 mil_status mil_cuda_status(cudaError_t error, const char *what)
@@ -352,13 +352,6 @@ static mil_status queue_open(struct mil_queue **out, int32_t ordinal)
     }
     *out = queue;
     return MIL_OK;
-}
-
-static mil_status prepare(struct mil_queue *queue)
-{
-    mil_cuda_call it;
-    MIL_TRY(mil_cuda_begin_call(queue, &it));
-    return mil_cuda_end_call(queue, &it, mil_cublas_open(queue));
 }
 
 /* ---- memory ---- */
@@ -653,7 +646,7 @@ const mil_device mil_cuda_device = {
     .is_host = false,
     .depth = 2,
     .open = queue_open,
-    .prepare = prepare,
+    .prepare = mil_cublas_open,
     .close = queue_close,
     .memory = memory,
     .alloc = alloc,

@@ -8,6 +8,7 @@
 #include "kernels/device.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,7 +26,6 @@
 
 #define SYMBOLS(X)                                                                                 \
     X(Create)                                                                                      \
-    X(Destroy)                                                                                     \
     X(GetVersion)                                                                                  \
     X(GetStatusName)                                                                               \
     X(Matmul)                                                                                      \
@@ -47,6 +47,18 @@ typedef struct library {
 #undef FIELD
     char path[PATH_BYTES];
 } library;
+
+/* Goes to the next queue of its device when its own goes: cublasLtDestroy waits for the whole
+ * device, which ends every capture in the process, whatever the modes of the threads. */
+typedef struct lt_handle {
+    struct lt_handle *next; /* of the spare ones */
+    int32_t ordinal;
+    __typeof__(&cublasLtCreate) create; /* tells libraries apart */
+    cublasLtHandle_t lt;
+} lt_handle;
+
+static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
+static lt_handle *spare_handles;
 
 /* What an algorithm is chosen by. */
 typedef struct lt_key {
@@ -71,7 +83,7 @@ typedef struct lt_entry {
 struct mil_cublas {
     mil_queue *queue; /* whose this is */
     library lib;
-    cublasLtHandle_t handle;
+    lt_handle *handle;
     cublasLtMatmulPreference_t preference;
     mil_slab workspace; /* of all products, one after another */
     int32_t n_entries;
@@ -175,13 +187,52 @@ static mil_status set_preference(struct mil_cublas *cublas, cublasLtMatmulPrefer
     return MIL_OK;
 }
 
+static lt_handle *take_spare(const struct mil_cublas *cublas)
+{
+    pthread_mutex_lock(&spare_lock);
+    lt_handle **at = &spare_handles;
+    while (*at != NULL &&
+           ((*at)->ordinal != cublas->queue->ordinal || (*at)->create != cublas->lib.Create))
+        at = &(*at)->next;
+    lt_handle *found = *at;
+    if (found != NULL)
+        *at = found->next;
+    pthread_mutex_unlock(&spare_lock);
+    return found;
+}
+
+static void leave_spare(lt_handle *handle)
+{
+    pthread_mutex_lock(&spare_lock);
+    handle->next = spare_handles;
+    spare_handles = handle;
+    pthread_mutex_unlock(&spare_lock);
+}
+
+static mil_status find_handle(struct mil_cublas *cublas)
+{
+    lt_handle *it = take_spare(cublas);
+    if (it == NULL) {
+        MIL_TRY(mil_alloc_checked((void **)&it, 1, sizeof *it, "cublasLt's handle"));
+        it->ordinal = cublas->queue->ordinal;
+        it->create = cublas->lib.Create;
+        mil_status status = answer(cublas, it->create(&it->lt), "Create");
+        if (status != MIL_OK) {
+            mil_free(it);
+            return status;
+        }
+    }
+    cublas->handle = it;
+    return MIL_OK;
+}
+
 static mil_status fill(struct mil_cublas *cublas)
 {
     uint64_t workspace = WORKSPACE_BYTES;
     /* One chain, or splits that are kept and summed in float32. */
     uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     MIL_TRY(load(&cublas->lib));
-    LT_TRY(cublas, Create, &cublas->handle);
+    MIL_TRY(find_handle(cublas));
     LT_TRY(cublas, MatmulPreferenceCreate, &cublas->preference);
     MIL_TRY(set_preference(cublas, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
                            sizeof workspace));
@@ -241,7 +292,7 @@ void mil_cublas_free(struct mil_cublas *cublas)
     if (cublas->preference != NULL)
         (void)cublas->lib.MatmulPreferenceDestroy(cublas->preference);
     if (cublas->handle != NULL)
-        (void)cublas->lib.Destroy(cublas->handle);
+        leave_spare(cublas->handle);
     mil_cuda_device.free(cublas->queue, &cublas->workspace);
     mil_free(cublas);
 }
@@ -365,8 +416,8 @@ static mil_status choose(struct mil_cublas *cublas, lt_entry *entry, const void 
     MIL_TRY(describe(cublas, entry, bias));
     MIL_TRY(set_alignments(cublas, &entry->key));
     cublasStatus_t found = cublas->lib.MatmulAlgoGetHeuristic(
-        cublas->handle, entry->desc, entry->w, entry->x, entry->y, entry->y, cublas->preference, 1,
-        &result, &n_results);
+        cublas->handle->lt, entry->desc, entry->w, entry->x, entry->y, entry->y, cublas->preference,
+        1, &result, &n_results);
     if (found != CUBLAS_STATUS_NOT_SUPPORTED)
         MIL_TRY(answer(cublas, found, "MatmulAlgoGetHeuristic"));
     entry->is_served =
@@ -413,7 +464,7 @@ static bool takes(struct mil_cublas *cublas, lt_entry *entry, int32_t M)
         lib->MatrixLayoutSetAttribute(entry->x, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows);
     cublasStatus_t y =
         lib->MatrixLayoutSetAttribute(entry->y, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows);
-    cublasStatus_t check = lib->MatmulAlgoCheck(cublas->handle, entry->desc, entry->w, entry->x,
+    cublasStatus_t check = lib->MatmulAlgoCheck(cublas->handle->lt, entry->desc, entry->w, entry->x,
                                                 entry->y, entry->y, &entry->algo, &result);
     bool is_taken = x == CUBLAS_STATUS_SUCCESS && y == CUBLAS_STATUS_SUCCESS &&
                     check == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE_BYTES;
@@ -438,9 +489,10 @@ static mil_status queue_product(mil_queue *queue, lt_entry *entry, const mil_cub
     struct mil_cublas *cublas = queue->cublas;
     if (p->bias != NULL)
         MIL_TRY(set_bias(cublas, entry, p->bias));
-    cublasStatus_t found = cublas->lib.Matmul(
-        cublas->handle, entry->desc, &one, p->w, entry->w, p->x, entry->x, &zero, p->y, entry->y,
-        p->y, entry->y, &entry->algo, cublas->workspace.data, WORKSPACE_BYTES, queue->stream);
+    cublasStatus_t found =
+        cublas->lib.Matmul(cublas->handle->lt, entry->desc, &one, p->w, entry->w, p->x, entry->x,
+                           &zero, p->y, entry->y, p->y, entry->y, &entry->algo,
+                           cublas->workspace.data, WORKSPACE_BYTES, queue->stream);
     *is_served = found != CUBLAS_STATUS_NOT_SUPPORTED;
     return *is_served ? answer(cublas, found, "Matmul") : MIL_OK;
 }

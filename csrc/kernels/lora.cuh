@@ -87,6 +87,39 @@ static __device__ __forceinline__ mil_lora_tile mil_lora_tile_find(const mil_bat
     return {0, 0, 0};
 }
 
+/* The tokens of the two rows of a tile that a lane has in an mma, row0 + lane / 4 and 8 on; -1
+ * where the tile has none. */
+struct mil_lora_rows {
+    int32_t tokens[2];
+};
+
+/* Call it before the module's load: neither waits for the other then. */
+static __device__ __forceinline__ mil_lora_rows mil_lora_rows_load(const mil_batch &batch,
+                                                                   const mil_lora_tile &tile,
+                                                                   int32_t row0)
+{
+    mil_lora_rows rows;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int32_t row = row0 + (int32_t)(threadIdx.x % MIL_WARP) / 4 + 8 * half;
+        rows.tokens[half] = row < tile.n_rows ? batch.lora_rows[tile.first + row] : -1;
+    }
+    return rows;
+}
+
+/* Where those rows lie in a matrix [n_tokens][stride]; NULL where there is none. */
+template <typename item>
+static __device__ __forceinline__ void mil_lora_rows_find(item *(&to)[2], const mil_lora_rows &rows,
+                                                          item *matrix, int64_t stride,
+                                                          int32_t n_tokens)
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        to[half] = (uint32_t)rows.tokens[half] < (uint32_t)n_tokens
+                       ? matrix + rows.tokens[half] * stride
+                       : nullptr;
+}
+
 /* All of a descriptor at once: of plain loads those behind a test of `rank` would wait for it. */
 static __device__ __forceinline__ mil_lora_module mil_lora_module_load(const mil_lora_module *from)
 {

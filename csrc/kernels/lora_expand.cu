@@ -272,28 +272,13 @@ static __device__ __forceinline__ void add_to_y(const expand_params &p, int32_t 
 
 /* ---- the kernel ---- */
 
-/* Rows n and n + 8 of the tile, a lane's own: where they lie in y. */
-static __device__ __forceinline__ void find_rows(uint16_t *(&rows)[2], const expand_params &p,
-                                                 const int32_t (&ts)[2])
-{
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-        rows[half] =
-            (uint32_t)ts[half] < (uint32_t)p.n_tokens ? p.y + (int64_t)ts[half] * p.ldy : nullptr;
-}
-
 /* Blocks of columns `block` .. `end` of one part, for one tile. All of a block's threads. */
 static __device__ __forceinline__ void expand_run(expand_shared &shared, const expand_params &p,
                                                   const mil_lora_tile &tile, int32_t part,
                                                   int32_t block, int32_t end)
 {
     const int32_t lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
-    int32_t ts[2]; /* beside the module, neither waits for the other */
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int32_t row = lane / 4 + 8 * half;
-        ts[half] = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
-    }
+    const mil_lora_rows tokens = mil_lora_rows_load(p.batch, tile, 0);
     const mil_lora_module module =
         mil_lora_module_load(&p.modules[tile.adapter_slot * p.slot_stride + p.projections[part]]);
     if (module.rank == 0)
@@ -309,7 +294,7 @@ static __device__ __forceinline__ void expand_run(expand_shared &shared, const e
     for (uint32_t stage = 0; stage < STAGES - 1; stage++)
         send_piece(send, module, stage);
     uint16_t *rows[2];
-    find_rows(rows, p, ts);
+    mil_lora_rows_find(rows, tokens, p.y, p.ldy, p.n_tokens);
     y_columns next;
     next.c = c0 + 8 * (lane % 4);
     next.column = y_column(p, part, next.c);

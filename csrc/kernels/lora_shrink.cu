@@ -18,6 +18,7 @@
 #define RANK_TILE 16  /* two n8 tiles */
 #define AT_ONCE 4     /* K blocks in flight */
 #define BLOCKS 4      /* of an SM */
+#define GRID 8        /* blocks of the grid for an SM; with 4, a seventh slower beside a product */
 #define MANY_ROWS 512 /* with an adapter, from which blocks take 64 rows and all of K */
 
 struct shrink_params {
@@ -119,12 +120,7 @@ static __device__ __forceinline__ void shrink(const shrink_params &p, const mil_
     __shared__ float quarters[has_many ? 1 : QUARTERS][2][4][MIL_WARP];
     const int32_t lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
     const int32_t row0 = has_many ? warp * MIL_LORA_TILE_ROWS : 0;
-    int32_t ts[2]; /* rows of x; beside the module, neither waits for the other */
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int32_t row = row0 + lane / 4 + 8 * h;
-        ts[h] = row < tile.n_rows ? p.batch.lora_rows[tile.first + row] : -1;
-    }
+    const mil_lora_rows rows = mil_lora_rows_load(p.batch, tile, row0);
     const mil_lora_module module =
         mil_lora_module_load(&p.modules[tile.adapter_slot * p.slot_stride + p.projections[part]]);
     if (module.rank == 0)
@@ -138,9 +134,7 @@ static __device__ __forceinline__ void shrink(const shrink_params &p, const mil_
     const int32_t quarter_k = split_k / QUARTERS;
     const bool is_aligned = in % 8 == 0 && p.ldx % 8 == 0;
     const uint16_t *x[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-        x[h] = (uint32_t)ts[h] < (uint32_t)p.n_tokens ? p.x + (int64_t)ts[h] * p.ldx : nullptr;
+    mil_lora_rows_find(x, rows, p.x, p.ldx, p.n_tokens);
     for (int32_t rank0 = 0; rank0 < padded_rank; rank0 += RANK_TILE) {
         const uint16_t *a[2];
 #pragma unroll
@@ -228,7 +222,7 @@ extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_
     const int32_t tile_rows = has_many ? WARPS * MIL_LORA_TILE_ROWS : MIL_LORA_TILE_ROWS;
     const int64_t n_items =
         (int64_t)mil_lora_max_tiles(lora->batch, tile_rows) * p.n_parts * p.n_splits;
-    const int64_t most = (int64_t)context->queue->n_sms * BLOCKS;
+    const int64_t most = (int64_t)context->queue->n_sms * GRID;
     if (n_items > INT32_MAX)
         return mil_fail(MIL_ERR_UNSUPPORTED, "lora_shrink: %d rows of %d, more than one launch",
                         n_rows, (int32_t)args->ldx);

@@ -3,11 +3,14 @@
 us: one call, the median of graph replays (bench_ops.c says how). MB is what the op must read and
 write once; of LoRA the A or B of the adapters in use ("joined": both, beside the product's), of
 decode attention the KV; of begin, a step's start, nothing is counted: its plan's few KB come from
-host memory. The roof is those bytes at 4.55 TB/s on an H200, elsewhere by a read loop of the same
-run, or the flops at the 790 TFLOP/s that an H200's products reach in short runs, whichever takes
-longer. Peers are torch's: cuBLAS (torch.mm) for products, cuDNN for attention, argmax for greedy;
-"x peer" is their time over ours. "own" products are those of deterministic contexts. A row that
-fails says why.
+host memory. Weights, adapters and KV are in rotation past the L2; activations and logits lie where
+a step leaves them, so that those of embed, norm, act and sample are in L2 as far as they fit.
+
+The roof is those bytes at 4.55 TB/s on an H200, elsewhere by a read loop of the same run, or the
+flops at the speed of cuBLAS in the same run (gate_up, 8,192 rows), whichever takes longer; without
+torch at the 790 TFLOP/s that an H200's products reach in short runs. Peers are torch's: cuBLAS
+(torch.mm) for products, cuDNN for attention, argmax for greedy; "x peer" is their time over ours.
+"own" products are those of deterministic contexts. A row that fails says why.
 
     python -m benchmarks.bench_ops [--ops attention,"product own"] [--quick] [--no-peers]
 
@@ -22,7 +25,7 @@ import os
 import select
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from benchmarks.driver import build_for_cuda
@@ -197,6 +200,12 @@ def peer_of(name: str, *numbers: int) -> Peer:
     return partial(_figure, name, numbers)
 
 
+def cublas_tflops() -> float:
+    """In this run, of the product with the most flops."""
+    (N, K, _), M = LINEARS["gate_up"], 8192
+    return 2.0 * M * N * K / _figure("product_us", (N, K, M)) / 1e6
+
+
 # ---- ours ----
 
 
@@ -305,8 +314,12 @@ def main() -> int:
         return 1
     is_h200 = "H200" in device
     roof = Roof(H200_READ_TBS, H200_TFLOPS) if is_h200 else Roof(measured, None)
+    if with_peers:
+        roof = replace(roof, tflops=cublas_tflops())
+    flops = "none for flops" if roof.tflops is None else f"{roof.tflops:.0f} TFLOP/s"
     print(
-        f"{device}; read loop of this run {measured:.2f} TB/s, roof {roof.read_tbs:.2f}\n"
+        f"{device}; read loop of this run {measured:.2f} TB/s\n"
+        f"roof: {roof.read_tbs:.2f} TB/s, {flops}\n"
         f"cuBLASLt: {driver.library}\n"
         f"peers: {peer_cuda.versions() if with_peers else 'none'}\n{HEAD}",
         flush=True,

@@ -492,6 +492,7 @@ static mil_status launch(mil_context *context, const attention_params &params, i
                   "align");
     static_assert(!Shape::HAS_Q || Shape::Q_SHARES + sizeof(attention_shares) <= Shape::TILES, "q");
     static_assert(Shape::BYTES <= 99 * 1024, "the smallest chip's shared memory");
+    static_assert(Shape::ROWS == mil_attention_tile_rows(Shape::D), "the plan's rows of a tile");
     const mil_queue *queue = context->queue;
     const int64_t most = (int64_t)queue->n_sms * Shape::BLOCKS;
     MIL_CUDA_TRY(cudaFuncSetAttribute(attention_kernel<Shape>,
@@ -501,8 +502,7 @@ static mil_status launch(mil_context *context, const attention_params &params, i
                       Shape::BYTES, params);
 }
 
-/* Instances: head size, warps (16 rows each), blocks of an SM, tiles in the ring. Rows as
- * mil_attention_tile_rows says. */
+/* Instances: head size, warps (16 rows each), blocks of an SM, tiles in the ring. */
 template <mil_dtype DTYPE>
 static mil_status launch_any(mil_context *context, const attention_params &params, int64_t n_blocks)
 {

@@ -58,7 +58,7 @@ typedef struct mil_attention_partials {
 /* Packed rows of a prefill tile of the portable path. 16 rows of a warp: more would spill at D 128,
  * and fewer warps would hide less. 96 rows let two blocks of six warps have 168 registers a thread.
  */
-static inline int32_t mil_attention_tile_rows(int32_t head_dim)
+static constexpr int32_t mil_attention_tile_rows(int32_t head_dim)
 {
     return head_dim <= 64 ? 128 : head_dim <= 128 ? 96 : 64;
 }

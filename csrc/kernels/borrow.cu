@@ -149,6 +149,46 @@ static __global__ void samples_kernel(const __grid_constant__ mil_borrow_samples
     args.top_logprobs[at] = is_there ? sample->top[column].logprob : 0.0f;
 }
 
+/* ---- the caller's stream ---- */
+
+static mil_status check_ordinal(const struct mil_queue *queue, cudaStream_t stream)
+{
+#if CUDART_VERSION >= 12080
+    int ordinal = queue->ordinal;
+    cudaError_t error = cudaStreamGetDevice(stream, &ordinal);
+    if (error == cudaErrorCallRequiresNewerDriver) {
+        (void)cudaGetLastError();
+        return MIL_OK;
+    }
+    MIL_TRY(mil_cuda_status(error, "asking a stream for its device"));
+    if (ordinal != queue->ordinal)
+        return mil_fail(MIL_ERR_ARGUMENT, "stream %p is of cuda:%d, expected one of cuda:%d",
+                        (void *)stream, ordinal, queue->ordinal);
+#else
+    (void)queue, (void)stream;
+#endif
+    return MIL_OK;
+}
+
+static mil_status read_id(const struct mil_queue *queue, cudaStream_t stream, uint64_t *id)
+{
+    unsigned long long found = 0;
+    MIL_TRY(check_ordinal(queue, stream));
+    MIL_TRY(mil_cuda_status(cudaStreamGetId(stream, &found), "asking a stream for its id"));
+    *id = found;
+    return MIL_OK;
+}
+
+static mil_status identify(struct mil_queue *queue, void *stream, uint64_t *id)
+{
+    mil_cuda_call it;
+    *id = 0;
+    if (stream == nullptr || stream == cudaStreamLegacy)
+        return MIL_OK;
+    MIL_TRY(mil_cuda_begin_call(queue, &it));
+    return mil_cuda_end_call(queue, &it, read_id(queue, (cudaStream_t)stream, id));
+}
+
 /* ---- launch ---- */
 
 static void *swap_stream(struct mil_queue *queue, void *stream)
@@ -215,5 +255,5 @@ static mil_status plan_attention(mil_context *context, const mil_begin_args *arg
 }
 
 extern "C" const mil_borrow mil_cuda_borrow = {
-    swap_stream, fill, write_modules, gather_v, spread_v, tell_samples, plan_attention,
+    identify, swap_stream, fill, write_modules, gather_v, spread_v, tell_samples, plan_attention,
 };

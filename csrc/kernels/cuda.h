@@ -24,7 +24,6 @@ typedef struct mil_queue {
     int32_t ordinal;
     mil_cuda_path path;
     int32_t n_sms;
-    int32_t shared_bytes;  /* that one block may ask for */
     size_t n_free_at_open; /* device memory, before the queue took any */
     char label[288];       /* "cuda:0 (NVIDIA H200)", for messages */
     cudaStream_t stream;
@@ -34,7 +33,7 @@ typedef struct mil_queue {
     cudaEvent_t fences[MIL_N_FENCES];
     struct mil_cublas *cublas;
     void *context;                   /* the device's primary one */
-    void *get_context, *set_context; /* cuCtxGetCurrent, cuCtxSetCurrent: device.c's */
+    void *get_context, *set_context; /* cuCtxGetCurrent, cuCtxSetCurrent: driver.c's */
     void *encode_tiled;              /* tensor_map.h: the driver's, on the Hopper path */
     bool has_pdl;  /* programmatic dependent launch, MILPY_CUDA_PDL=0 turns it off */
     bool has_side; /* work beside the stream, MILPY_CUDA_SIDE=0 turns it off */

@@ -1,4 +1,5 @@
-/* What device.c, fill.cu and backend.c share: the device's calls, and being on the right device. */
+/* What the host's files share: the driver and its devices (driver.c), the device's calls
+ * (device.c), and what single kernels serve them. */
 #pragma once
 
 #include "kernels/cuda.h"
@@ -12,6 +13,12 @@ extern const mil_device mil_cuda_device;
 
 /* A function of the driver's, which is never linked. */
 mil_status mil_cuda_driver_find(void **out, const char *name) MIL_WARN_UNUSED;
+
+/* label: the device, for the message. */
+mil_status mil_cuda_check_capability(const char *label, int32_t major, int32_t minor)
+    MIL_WARN_UNUSED;
+/* queue's context, from its ordinal, and how to make it current. */
+mil_status mil_cuda_find_context(mil_queue *queue) MIL_WARN_UNUSED;
 
 /* A thread's current device is its own affair: queue's is made current, and what was is put back.
  * By contexts, since cudaSetDevice would make one on a device that the thread has never used. */

@@ -398,8 +398,8 @@ extern "C" mil_status mil_cuda_lora_expand(mil_context *context, const mil_lora_
         (int64_t)p.first_block[lora->n_parts] * mil_lora_max_tiles(lora->batch, MIL_LORA_TILE_ROWS);
     if (n_items > INT32_MAX)
         return mil_fail(MIL_ERR_UNSUPPORTED,
-                        "lora_expand: %d rows by %d columns, more than one launch", n_rows,
-                        args->weight->N);
+                        "lora_expand: %d rows by %d columns take %lld items, expected <= %d",
+                        n_rows, args->weight->N, (long long)n_items, INT32_MAX);
     const int64_t most = (int64_t)context->queue->n_sms * BLOCKS;
     MIL_CUDA_TRY(cudaFuncSetAttribute(expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       (int)sizeof(expand_shared)));

@@ -224,8 +224,9 @@ extern "C" mil_status mil_cuda_lora_shrink(mil_context *context, const mil_lora_
         (int64_t)mil_lora_max_tiles(lora->batch, tile_rows) * p.n_parts * p.n_splits;
     const int64_t most = (int64_t)context->queue->n_sms * GRID;
     if (n_items > INT32_MAX)
-        return mil_fail(MIL_ERR_UNSUPPORTED, "lora_shrink: %d rows of %d, more than one launch",
-                        n_rows, (int32_t)args->ldx);
+        return mil_fail(MIL_ERR_UNSUPPORTED,
+                        "lora_shrink: %d rows of %d take %lld items, expected <= %d", n_rows,
+                        (int32_t)args->ldx, (long long)n_items, INT32_MAX);
     return mil_launch(context->queue, "lora_shrink",
                       has_many ? shrink_kernel<true> : shrink_kernel<false>,
                       dim3((uint32_t)(n_items < most ? n_items : most)), dim3(THREADS), 0, p);

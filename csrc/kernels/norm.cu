@@ -8,7 +8,9 @@
  * stays in registers between the sum and the scaling.
  *
  * rows, where given, ascend, and padding repeats row 0 (see begin.cu): a row that does not ascend
- * is padding, and its x is left alone, since the row it names is another block's. */
+ * is padding, and its x is left alone, since the row it names is another block's. A call that has
+ * padding alone (a block of logits past a batch's) updates row 0 again, which nothing reads then.
+ */
 #include "kernels/cuda.h"
 
 #include "kernels/common.cuh"

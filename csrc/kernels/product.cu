@@ -446,8 +446,9 @@ static mil_status many_rows(const mil_queue *queue, const product &p)
     static_assert(n_bytes >= (size_t)MANY_TILE * TURNED_STRIDE * sizeof(float), "the turned tile");
     int64_t n_blocks = (int64_t)mil_ceil_div(p.M, MANY_TILE) * mil_ceil_div(p.N, MANY_TILE);
     if (n_blocks > INT32_MAX)
-        return mil_fail(MIL_ERR_UNSUPPORTED, "linear: %d rows by %d columns, more than one launch",
-                        p.M, p.N);
+        return mil_fail(MIL_ERR_UNSUPPORTED,
+                        "linear: %d rows by %d columns take %lld blocks, expected <= %d", p.M, p.N,
+                        (long long)n_blocks, INT32_MAX);
     MIL_TRY(allow_shared(many_rows_kernel<is_quick>, n_bytes));
     return mil_launch(queue, "product of many rows", many_rows_kernel<is_quick>,
                       dim3((unsigned)n_blocks), dim3(MANY_THREADS), n_bytes, p);

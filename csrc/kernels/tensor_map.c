@@ -24,7 +24,8 @@ mil_status mil_cuda_tensor_map(CUtensorMap *out, const mil_queue *queue, const v
                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
         return mil_fail(MIL_ERR_DEVICE,
-                        "%s: a tensor map of %llu rows of %d %s at %p was refused (%d)",
+                        "%s: the driver refused a tensor map of %llu rows of %d %s at %p (error "
+                        "%d), expected a pool of fewer than 2^32 rows on 16 bytes",
                         queue->label, (unsigned long long)rows, columns, mil_dtype_name(dtype),
                         base, (int)result);
     return MIL_OK;

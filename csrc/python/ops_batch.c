@@ -319,7 +319,7 @@ PyObject *mil_py_op_rope(PyObject *module, PyObject *args)
     o.n_heads = mil_op_size(o.in, 1);
     o.head_dim = mil_op_size(o.in, 2);
     mil_op_expect_product(&call, o.in, MIL_SHAPE(MIL_ANY, MIL_ANY, MIL_ANY));
-    mil_op_expect_in(&call, "x's heads", o.n_heads, 1, INT32_MAX);
+    mil_op_expect_in(&call, "x's heads", o.n_heads, 1, INT32_MAX / 2 / MAX_HEAD_DIM);
     mil_op_expect_in(&call, "x's head size", o.head_dim, 2, MAX_HEAD_DIM);
     mil_op_expect(&call, o.out, MIL_DTYPE_BF16,
                   MIL_SHAPE(mil_op_size(o.in, 0), o.n_heads, o.head_dim));

@@ -34,15 +34,32 @@ static mil_status open_host(mil_place *place)
     return mil_pool_create(&place->context.pool, report.n_threads, NULL);
 }
 
+/* `by`: any place of the device. */
+static mil_status identify(const mil_place *by, mil_place *wanted)
+{
+    if (wanted->is_lent)
+        return MIL_OK;
+    return by->borrow->identify(by->context.queue, wanted->stream, &wanted->stream_id);
+}
+
+static mil_status open_cuda(mil_place *place)
+{
+    mil_context *context = &place->context;
+    const mil_device *device = context->backend->device;
+    MIL_TRY(device->open(&context->queue, place->ordinal));
+    mil_status status = identify(place, place);
+    if (status != MIL_OK)
+        device->close(context->queue);
+    return status;
+}
+
 static mil_status open_place(mil_place *place)
 {
     mil_context *context = &place->context;
     MIL_TRY(mil_backend_find(&context->backend, place->is_cuda ? "cuda" : "cpu"));
     place->borrow = mil_backend_borrow(context->backend);
     place->n_threads = 1;
-    if (!place->is_cuda)
-        return open_host(place);
-    return context->backend->device->open(&context->queue, place->ordinal);
+    return place->is_cuda ? open_cuda(place) : open_host(place);
 }
 
 /* ---- all places ---- */
@@ -74,12 +91,24 @@ void mil_places_free(mil_places *places)
     mil_free(places);
 }
 
+static bool is_same(const mil_place *a, const mil_place *b)
+{
+    return a->is_cuda == b->is_cuda && a->ordinal == b->ordinal && a->is_lent == b->is_lent &&
+           a->stream == b->stream && a->stream_id == b->stream_id;
+}
+
 static mil_place *look(mil_places *places, const mil_place *wanted)
 {
     mil_place *place = places->first;
-    while (place != NULL &&
-           (place->is_cuda != wanted->is_cuda || place->ordinal != wanted->ordinal ||
-            place->is_lent != wanted->is_lent || place->stream != wanted->stream))
+    while (place != NULL && !is_same(place, wanted))
+        place = place->next;
+    return place;
+}
+
+static const mil_place *find_neighbour(const mil_places *places, const mil_place *wanted)
+{
+    const mil_place *place = places->first;
+    while (place != NULL && (!place->is_cuda || place->ordinal != wanted->ordinal))
         place = place->next;
     return place;
 }
@@ -106,12 +135,13 @@ static mil_status add(mil_place **out, mil_places *places, const mil_place *want
 mil_status mil_place_find(mil_place **out, mil_places *places, bool is_cuda, int32_t ordinal,
                           bool is_lent, void *stream)
 {
-    const mil_place wanted = {
+    mil_place wanted = {
         .is_cuda = is_cuda, .is_lent = is_lent, .ordinal = ordinal, .stream = stream};
-    mil_status status = MIL_OK;
     pthread_mutex_lock(&places->lock);
-    *out = look(places, &wanted);
-    if (*out == NULL)
+    const mil_place *neighbour = find_neighbour(places, &wanted);
+    mil_status status = neighbour != NULL ? identify(neighbour, &wanted) : MIL_OK;
+    *out = status == MIL_OK ? look(places, &wanted) : NULL;
+    if (status == MIL_OK && *out == NULL)
         status = add(out, places, &wanted);
     pthread_mutex_unlock(&places->lock);
     return status;
@@ -187,7 +217,10 @@ mil_status mil_place_scratch(mil_place *place, void **out, size_t n_bytes)
         /* Doubling keeps the blocks few. */
         size_t last = place->n_blocks > 0 ? place->blocks[place->n_blocks - 1].n_bytes : 0;
         size_t wanted = n_bytes > 2 * last ? n_bytes : 2 * last;
-        MIL_TRY(add_block(place, wanted > LEAST_BLOCK ? wanted : LEAST_BLOCK));
+        mil_status status = add_block(place, wanted > LEAST_BLOCK ? wanted : LEAST_BLOCK);
+        if (status == MIL_ERR_MEMORY && wanted > n_bytes)
+            status = add_block(place, n_bytes);
+        MIL_TRY(status);
     }
     *out = (char *)place->blocks[place->at_block].data + place->at_bytes;
     place->at_bytes += n_bytes;

@@ -8,10 +8,9 @@
 #ifndef MIL_WITH_CUDA
 static mil_status no_cuda(void)
 {
-    return mil_fail(
-        MIL_ERR_DEVICE,
-        "this build has no CUDA: MILPY_CUDA was 0, or auto and no GPU, or not all of nvcc, g++ and "
-        "CUDA's headers, was found");
+    return mil_fail(MIL_ERR_DEVICE, "this build has no CUDA, expected one that `make MILPY_CUDA=1` "
+                                    "made: it needs nvcc, g++ and "
+                                    "CUDA's headers, and says which of them it does not find");
 }
 #endif
 

@@ -86,9 +86,24 @@ void mil_op_expect_product(mil_op_call *call, const mil_operand *operand, int32_
 void mil_op_expect_in(mil_op_call *call, const char *name, int64_t value, int64_t least,
                       int64_t most)
 {
-    if (call->status == MIL_OK && (value < least || value > most))
+    if (call->status != MIL_OK || (value >= least && value <= most))
+        return;
+    if (least == most)
+        call->status = mil_fail(MIL_ERR_ARGUMENT, "%s: %s is %lld, expected %lld", call->op, name,
+                                (long long)value, (long long)least);
+    else
         call->status = mil_fail(MIL_ERR_ARGUMENT, "%s: %s is %lld, expected %lld to %lld", call->op,
                                 name, (long long)value, (long long)least, (long long)most);
+}
+
+void mil_op_expect_entry(mil_op_call *call, const char *name, int32_t index, int64_t value,
+                         int64_t least, int64_t most)
+{
+    char entry[64];
+    if (call->status != MIL_OK || (value >= least && value <= most))
+        return;
+    (void)snprintf(entry, sizeof entry, "%s[%d]", name, index);
+    mil_op_expect_in(call, entry, value, least, most);
 }
 
 int32_t mil_op_size(const mil_operand *operand, int32_t dim)

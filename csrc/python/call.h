@@ -52,9 +52,11 @@ void mil_op_expect_either(mil_op_call *call, const mil_operand *operand, mil_dty
 /* What one product hands to the next op: bfloat16, or float32 where the op runs on the host. */
 void mil_op_expect_product(mil_op_call *call, const mil_operand *operand, int32_t n_dims,
                            const int32_t *shape);
-/* value must be in [least, most]. */
+/* value must be in [least, most]; name[index], of the second. */
 void mil_op_expect_in(mil_op_call *call, const char *name, int64_t value, int64_t least,
                       int64_t most);
+void mil_op_expect_entry(mil_op_call *call, const char *name, int32_t index, int64_t value,
+                         int64_t least, int64_t most);
 int32_t mil_op_size(const mil_operand *operand, int32_t dim); /* 0 where there is none */
 /* Whether what is in the arrays may be looked at: nothing has failed, and all that were taken lie
  * on the host. Arrays of several devices are a failure. */

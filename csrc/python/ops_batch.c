@@ -28,13 +28,13 @@ static void check_lengths(mil_op_call *call, const batch_operands *o)
     const int32_t *lengths = (const int32_t *)o->kv_lengths->data;
     int32_t S = o->kv_lengths->shape[0];
     int64_t most = (int64_t)o->page_table->shape[1] * o->k_cache->shape[2];
-    mil_op_expect_in(call, "query_indptr[0]", indptr[0], 0, 0);
+    mil_op_expect_entry(call, "query_indptr", 0, indptr[0], 0, 0);
     for (int32_t s = 0; s < S && call->status == MIL_OK; s++) {
-        mil_op_expect_in(call, "an entry of query_indptr", indptr[s + 1], indptr[s], o->n_tokens);
-        mil_op_expect_in(call, "an entry of kv_lengths", lengths[s],
-                         (int64_t)indptr[s + 1] - indptr[s], most);
+        mil_op_expect_entry(call, "query_indptr", s + 1, indptr[s + 1], indptr[s], o->n_tokens);
+        mil_op_expect_entry(call, "kv_lengths", s, lengths[s], (int64_t)indptr[s + 1] - indptr[s],
+                            most);
     }
-    mil_op_expect_in(call, "the last entry of query_indptr", indptr[S], o->n_tokens, o->n_tokens);
+    mil_op_expect_entry(call, "query_indptr", S, indptr[S], o->n_tokens, o->n_tokens);
 }
 
 static void check_pages(mil_op_call *call, const batch_operands *o)
@@ -42,9 +42,12 @@ static void check_pages(mil_op_call *call, const batch_operands *o)
     const int32_t *lengths = (const int32_t *)o->kv_lengths->data;
     const int32_t *pages = (const int32_t *)o->page_table->data;
     int32_t max_pages = o->page_table->shape[1], page_size = o->k_cache->shape[2];
-    for (int32_t s = 0; s < o->kv_lengths->shape[0]; s++, pages += max_pages)
+    for (int32_t s = 0; s < o->kv_lengths->shape[0]; s++, pages += max_pages) {
+        char row[48];
+        (void)snprintf(row, sizeof row, "page_table[%d]", s);
         for (int32_t i = 0; (int64_t)i * page_size < lengths[s] && call->status == MIL_OK; i++)
-            mil_op_expect_in(call, "a page in use", pages[i], 0, (int64_t)o->k_cache->shape[0] - 1);
+            mil_op_expect_entry(call, row, i, pages[i], 0, (int64_t)o->k_cache->shape[0] - 1);
+    }
 }
 
 static void take_batch(mil_op_call *call, batch_operands *o, PyObject *const objects[5],
@@ -300,7 +303,7 @@ static void expect_angles(mil_op_call *call, rope_operands *o)
         return;
     const int32_t *positions = (const int32_t *)o->batch.positions->data;
     for (int32_t t = 0; t < o->in->shape[0] && call->status == MIL_OK; t++)
-        mil_op_expect_in(call, "an entry of positions", positions[t], 0, (int64_t)n - 1);
+        mil_op_expect_entry(call, "positions", t, positions[t], 0, (int64_t)n - 1);
 }
 
 PyObject *mil_py_op_rope(PyObject *module, PyObject *args)

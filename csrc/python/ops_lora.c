@@ -25,15 +25,14 @@ static void check_segments(mil_op_call *call, const lora_operands *o)
     const int32_t *adapter = (const int32_t *)o->adapter->data;
     const int32_t *rows = (const int32_t *)o->rows->data;
     int32_t G = o->adapter->shape[0];
-    mil_op_expect_in(call, "segment_indptr[0]", indptr[0], 0, 0);
+    mil_op_expect_entry(call, "segment_indptr", 0, indptr[0], 0, 0);
     for (int32_t g = 0; g < G && call->status == MIL_OK; g++) {
-        mil_op_expect_in(call, "an entry of segment_indptr", indptr[g + 1], indptr[g], o->n_rows);
-        mil_op_expect_in(call, "an entry of segment_adapter", adapter[g], 0,
-                         (int64_t)o->n_adapters - 1);
+        mil_op_expect_entry(call, "segment_indptr", g + 1, indptr[g + 1], indptr[g], o->n_rows);
+        mil_op_expect_entry(call, "segment_adapter", g, adapter[g], 0, (int64_t)o->n_adapters - 1);
     }
-    mil_op_expect_in(call, "the last entry of segment_indptr", indptr[G], o->n_rows, o->n_rows);
+    mil_op_expect_entry(call, "segment_indptr", G, indptr[G], o->n_rows, o->n_rows);
     for (int32_t i = 0; i < o->n_rows && call->status == MIL_OK; i++)
-        mil_op_expect_in(call, "an entry of rows", rows[i], 0, (int64_t)o->n_tokens - 1);
+        mil_op_expect_entry(call, "rows", i, rows[i], 0, (int64_t)o->n_tokens - 1);
 }
 
 /* Rows of y that are added to twice at once: a sum would be lost. A bit for each row of y. */

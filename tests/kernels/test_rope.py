@@ -48,10 +48,14 @@ def assert_rope(bits: Array, want: Array) -> None:
 
 def case(N: int, K: int, D: int, P: int) -> tuple[Array, Batch, Kv]:
     """Two decode rows, three chunks and two padding sequences between them, 20 rows of a larger
-    bucket; pages of layer 1 of 2, shuffled."""
+    bucket; pages of layer 1 of 2, shuffled, but the first token is written to the pool's last."""
     rng = np.random.default_rng([N, K, D, P])
     query, lengths = [1, 1, 5, 0, 70, 0, 3], [P + 1, 2 * P, 5, 0, 100, 0, P + 3]
-    table = rng.permutation(N_PAGES)[: 8 * 7].reshape(8, 7)
+    ids = rng.permutation(N_PAGES)
+    first = 2 * 7 + 1  # slot 2's second page, which holds the first token
+    last = int(np.argmax(ids))
+    ids[[first, last]] = ids[[last, first]]
+    table = ids[: 8 * 7].reshape(8, 7)
     positions = np.concatenate([np.arange(n - q, n) for q, n in zip(query, lengths, strict=True)])
     positions[5:40] = rng.integers(0, MAX_POSITION, 35)  # any position: they are RoPE's alone
     batch = Batch(
@@ -63,16 +67,23 @@ def case(N: int, K: int, D: int, P: int) -> tuple[Array, Batch, Kv]:
     return qkv.astype(np.float32), batch, Kv(pages.copy(), pages.copy())
 
 
-def read_back(pages: Array, batch: Batch, first_page: int = 0) -> Array:
-    """What this batch's tokens wrote to layer 1, [T, K, D]; the rows are poisoned again."""
-    P, rows = pages.shape[3], []
+def written(batch: Batch, P: int) -> list[tuple[int, int]]:
+    """The page of each of the batch's tokens, and its row there."""
+    places = []
     for s, n in enumerate(batch.query_lengths):
         slot = batch.seq_slot[s] if batch.seq_slot else s
         for position in range(batch.kv_lengths[s] - n, batch.kv_lengths[s]):
-            page = batch.page_table[slot, position // P] - first_page
-            row = pages[1, page, :, position % P]
-            rows.append(row.copy())
-            row[:] = 0xFFFF
+            places.append((int(batch.page_table[slot, position // P]), position % P))
+    return places
+
+
+def read_back(pages: Array, batch: Batch, first_page: int = 0) -> Array:
+    """What this batch's tokens wrote to layer 1, [T, K, D]; the rows are poisoned again."""
+    rows = []
+    for page, at in written(batch, pages.shape[3]):
+        row = pages[1, page - first_page, :, at]
+        rows.append(row.copy())
+        row[:] = 0xFFFF
     return np.array(rows)
 
 
@@ -153,6 +164,7 @@ def test_last_page_of_a_pool_beyond_4_gi_elements(path: str) -> None:
     kv.pool_pages = pool_pages
     first_page = pool_pages - N_PAGES
     batch.page_table = batch.page_table + first_page
+    assert pool_pages - 1 in {page for page, _ in written(batch, P)}
     with Shim(path) as shim:
         shim.rope_write(qkv, *tables(D), batch, kv, N, D, 1)
     heads = qkv.reshape(len(qkv), N + 2 * K, D)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cpu.test_rope import MAX_POSITION, rotated, tables
+from cpu.test_rope import LONG, MAX_POSITION, long_case, rotated, tables
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, from_bf16
 from helpers.marks import small
@@ -97,10 +97,29 @@ def test_rope_write(
         q = shim.rope_write(qkv, *tables(rotary_dim), batch, kv, N, rotary_dim, 1, pairs)
     heads = qkv.reshape(len(qkv), N + 2 * K, D)
     want = rotated(heads[:, : N + K], batch.positions, rotary_dim, pairs)
-    assert_rope(q.reshape(-1, N, D), want[:, :N])
+    check(q, heads, want, batch, kv)
+
+
+def check(q: Array, heads: Array, want: Array, batch: Batch, kv: Kv) -> None:
+    """heads: [T, N + 2 K, D] as given; want: its first N + K rotated."""
+    K, N = kv.k.shape[2], len(heads[0]) - 2 * kv.k.shape[2]
+    assert_rope(q.reshape(want[:, :N].shape), want[:, :N])
     assert_rope(read_back(kv.k, batch), want[:, N:])
     assert np.array_equal(from_bf16(read_back(kv.v, batch)), heads[:, N + K :])
     assert (kv.k == 0xFFFF).all() and (kv.v == 0xFFFF).all(), "wrote outside its rows"
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("P", [16, 256])
+@pytest.mark.parametrize("rotary_dim", [64, 24])
+def test_the_end_of_a_context_of_128k(path: str, P: int, rotary_dim: int, pairs: bool) -> None:
+    """By vectors, and column by column."""
+    qkv, batch, kv = long_case(P)
+    with Shim(path) as shim:
+        angles = tables(rotary_dim, LONG)
+        q = shim.rope_write(qkv, *angles, batch, kv, 4, rotary_dim, 1, pairs)
+    heads = qkv.reshape(len(qkv), 4 + 2 * 2, 64)
+    check(q, heads, rotated(heads[:, :6], batch.positions, rotary_dim, pairs, LONG), batch, kv)
 
 
 @pytest.mark.parametrize("pairs", [False, True])

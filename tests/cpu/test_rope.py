@@ -1,22 +1,33 @@
 """rope_write: q rotated; k rotated and v plain in the right rows of the right pages only."""
 
+import functools
+
 import numpy as np
 import pytest
 from cpu.tolerance import assert_close
-from helpers.cpu_shim import Batch, Kv, Shim, from_bf16, isas
+from helpers.cpu_shim import Batch, Kv, Shim, bf16, from_bf16, isas
 
 MAX_POSITION = 400
+LONG = 131_072
 
 
-def tables(rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
+@functools.cache
+def tables(rotary_dim: int, n_positions: int = MAX_POSITION) -> tuple[np.ndarray, np.ndarray]:
     frequency = 10000.0 ** (-np.arange(0, rotary_dim, 2) / max(rotary_dim, 1))
-    angle = np.arange(MAX_POSITION)[:, None] * frequency
+    angle = np.arange(n_positions)[:, None] * frequency
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def rotated(x: np.ndarray, positions: np.ndarray, rotary_dim: int, pairs: bool) -> np.ndarray:
+def rotated(
+    x: np.ndarray,
+    positions: np.ndarray,
+    rotary_dim: int,
+    pairs: bool,
+    n_positions: int = MAX_POSITION,
+) -> np.ndarray:
     """x: [T, heads, D]."""
-    cosines, sines = (t.astype(np.float64)[positions][:, None] for t in tables(rotary_dim))
+    rows = (table[positions] for table in tables(rotary_dim, n_positions))
+    cosines, sines = (row.astype(np.float64)[:, None] for row in rows)
     out = x.astype(np.float64).copy()
     half = rotary_dim // 2
     a = slice(0, rotary_dim, 2) if pairs else slice(0, half)
@@ -36,6 +47,19 @@ def case(N: int, K: int, D: int, P: int, seed: int = 0) -> tuple[np.ndarray, Bat
     pages = np.full((2, 48, K, P, D), 0xFFFF, np.uint16)
     qkv = rng.uniform(-4, 4, (len(positions), (N + 2 * K) * D)).astype(np.float32)
     return qkv, batch, Kv(pages.copy(), pages.copy())
+
+
+def long_case(P: int) -> tuple[np.ndarray, Batch, Kv]:
+    """The last tokens of two contexts of 131,072, a decode row and 20 of a chunk; N, K, D are 4, 2,
+    64. Every earlier index of the page table names page 0, which nobody writes."""
+    rng = np.random.default_rng(P)
+    table = np.zeros((3, LONG // P), int)
+    table[2, -1], table[0, -2:] = 2, (3, 1)
+    positions = np.array([LONG - 1, *range(LONG - 20, LONG)])
+    batch = Batch([1, 20], [LONG] * 2, table, seq_slot=[2, 0], n_decode=1, positions=positions)
+    pages = np.full((2, 4, 2, P, 64), 0xFFFF, np.uint16)
+    qkv = from_bf16(bf16(rng.uniform(-4, 4, (len(positions), (4 + 2 * 2) * 64))))
+    return qkv.astype(np.float32), batch, Kv(pages.copy(), pages.copy())
 
 
 def read_back(pages: np.ndarray, batch: Batch) -> np.ndarray:
@@ -65,8 +89,31 @@ def test_rope_write(isa: str, N: int, K: int, D: int, P: int, rotary_dim: int, p
     qkv, batch, kv = case(N, K, D, P)
     with Shim(isa, n_threads=2) as shim:
         q = shim.rope_write(qkv, *tables(rotary_dim), batch, kv, N, rotary_dim, 1, pairs)
+    check(q, qkv, batch, kv, rotary_dim, pairs)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("P", [16, 256])
+def test_the_end_of_a_context_of_128k(isa: str, P: int, pairs: bool) -> None:
+    qkv, batch, kv = long_case(P)
+    with Shim(isa, n_threads=2) as shim:
+        q = shim.rope_write(qkv, *tables(64, LONG), batch, kv, 4, 64, 1, pairs)
+    check(q, qkv, batch, kv, 64, pairs, LONG)
+
+
+def check(
+    q: np.ndarray,
+    qkv: np.ndarray,
+    batch: Batch,
+    kv: Kv,
+    rotary_dim: int,
+    pairs: bool,
+    n_positions: int = MAX_POSITION,
+) -> None:
+    _, _, K, _, D = kv.k.shape
+    N = q.shape[1] // D
     heads = qkv.reshape(len(qkv), N + 2 * K, D)
-    want = rotated(heads[:, : N + K], batch.positions, rotary_dim, pairs)
+    want = rotated(heads[:, : N + K], batch.positions, rotary_dim, pairs, n_positions)
     assert_close("rope", from_bf16(q).reshape(-1, N, D), want[:, :N])
     assert_close("rope", from_bf16(read_back(kv.k, batch)), want[:, N:])
     assert_close("rope", from_bf16(read_back(kv.v, batch)), heads[:, N + K :].astype(np.float64))

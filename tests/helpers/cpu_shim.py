@@ -557,3 +557,14 @@ class Shim:
             )
         )  # fmt: skip
         return list(out), last[first_row:]
+
+    def send_out(self, sent: Array, host: Array) -> Array:
+        """host after the bytes of `sent`, on the device, were sent to it."""
+        host = host.copy()
+        self.check(
+            library().shim_send_out(
+                self.handle, pointer(host), pointer(sent), ct.c_int64(host.nbytes),
+                ct.c_int64(sent.nbytes),
+            )
+        )  # fmt: skip
+        return host

@@ -242,6 +242,21 @@ def linear_lora(weight: Weight, x: Array, segments: Segments, is_fused: bool) ->
     return run_lora(weight, x, segments, int(is_fused), None)
 
 
+def linear_lora_late(weight: Weight, word: int, n_rows: int, segments: Segments) -> Array:
+    """linear_lora over rows that the queue itself writes before it, late: every element is the bits
+    `word`."""
+    shim = weight.shim
+    held = shim.product(np.full((n_rows, weight.N), np.nan, np.float32))
+    shim.need(max_tokens=n_rows, hidden=weight.K, ffn=weight.N, max_adapter_slots=MAX_ADAPTERS)
+    shim.check(
+        library().shim_linear_lora_late(
+            shim.handle, pointer(held), ct.c_uint16(word), ct.byref(weight.struct()),
+            ct.byref(segments.struct),
+        )
+    )  # fmt: skip
+    return widened(held)
+
+
 def lora_shrink(weight: Weight, x: Array, segments: Segments) -> Array:
     """v, [n_lora_rows, n_parts, part_stride]; NaN where nothing was written."""
     run_lora(weight, x, segments, 2, None)

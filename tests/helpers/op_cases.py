@@ -140,16 +140,17 @@ class Driver:
 
 
 class Torch:
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda") -> None:
         self.torch = need_torch()
+        self.device = device
 
     def put(self, x: Array) -> Any:
         if x.dtype == np.uint16:
-            return self.torch.from_numpy(x.view(np.int16)).view(self.torch.bfloat16).cuda()
-        return self.torch.from_numpy(x).cuda()
+            return self.torch.from_numpy(x.view(np.int16)).view(self.torch.bfloat16).to(self.device)
+        return self.torch.from_numpy(x).to(self.device)
 
     def get(self, x: Any) -> Array:
-        self.torch.cuda.synchronize()
+        self.torch.cuda.synchronize(x.device)
         if x.dtype == self.torch.bfloat16:
             return np.asarray(x.view(self.torch.int16).cpu().numpy().view(np.uint16))
         return np.asarray(x.cpu().numpy())

@@ -280,6 +280,8 @@ def last_pages(path: str) -> Iterator[tuple[Array, Batch, Kv]]:
         q, batch, kv = paged([(seq, 299, 300), (seq, 200, 300)], 64)
         first = max(pool_pages - kv.k.shape[1], 0)
         batch.page_table = np.where(batch.page_table >= 0, batch.page_table + first, -1)
+        # Every key of both is read, so every page of the table.
+        assert first + kv.k.shape[1] - 1 in batch.page_table
         yield q, batch, Kv(kv.k[1:], kv.v[1:], pool_pages)
 
 

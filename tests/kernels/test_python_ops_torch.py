@@ -332,6 +332,22 @@ def test_the_current_device_stays_what_it_was(torch: Any) -> None:
 
 
 @pytest.mark.multigpu
+@pytest.mark.parametrize("name", NAMES)
+def test_an_op_runs_where_its_arrays_lie(torch: Any, name: str, rng: np.random.Generator) -> None:
+    """All that it launches, and its workspace, are the other device's."""
+    library = Torch("cuda:1")
+    torch.cuda.set_device(0)
+    arrays, written, call = case(name, rng)
+    want, there = on_cpu(arrays, written, call), put(arrays, library.put)
+    call(**there)
+    assert torch.cuda.current_device() == 0
+    assert torch.zeros(1, device="cuda").device.index == 0
+    for key, expected in zip(written, want, strict=True):
+        assert there[key].device.index == 1
+        near(library.get(there[key]), expected)
+
+
+@pytest.mark.multigpu
 def test_an_op_that_fails_on_its_device_leaves_the_current_one(torch: Any) -> None:
     V = (1 << 19) + 8  # more than the device's sample takes
     torch.cuda.set_device(0)

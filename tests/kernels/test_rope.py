@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cpu.test_rope import MAX_POSITION, rotated, tables
+from cpu.test_rope import LONG, MAX_POSITION, long_case, rotated, tables
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, from_bf16
 from helpers.marks import small
@@ -48,10 +48,14 @@ def assert_rope(bits: Array, want: Array) -> None:
 
 def case(N: int, K: int, D: int, P: int) -> tuple[Array, Batch, Kv]:
     """Two decode rows, three chunks and two padding sequences between them, 20 rows of a larger
-    bucket; pages of layer 1 of 2, shuffled."""
+    bucket; pages of layer 1 of 2, shuffled, but the first token is written to the pool's last."""
     rng = np.random.default_rng([N, K, D, P])
     query, lengths = [1, 1, 5, 0, 70, 0, 3], [P + 1, 2 * P, 5, 0, 100, 0, P + 3]
-    table = rng.permutation(N_PAGES)[: 8 * 7].reshape(8, 7)
+    ids = rng.permutation(N_PAGES)
+    first = 2 * 7 + 1  # slot 2's second page, which holds the first token
+    last = int(np.argmax(ids))
+    ids[[first, last]] = ids[[last, first]]
+    table = ids[: 8 * 7].reshape(8, 7)
     positions = np.concatenate([np.arange(n - q, n) for q, n in zip(query, lengths, strict=True)])
     positions[5:40] = rng.integers(0, MAX_POSITION, 35)  # any position: they are RoPE's alone
     batch = Batch(
@@ -63,16 +67,23 @@ def case(N: int, K: int, D: int, P: int) -> tuple[Array, Batch, Kv]:
     return qkv.astype(np.float32), batch, Kv(pages.copy(), pages.copy())
 
 
-def read_back(pages: Array, batch: Batch, first_page: int = 0) -> Array:
-    """What this batch's tokens wrote to layer 1, [T, K, D]; the rows are poisoned again."""
-    P, rows = pages.shape[3], []
+def written(batch: Batch, P: int) -> list[tuple[int, int]]:
+    """The page of each of the batch's tokens, and its row there."""
+    places = []
     for s, n in enumerate(batch.query_lengths):
         slot = batch.seq_slot[s] if batch.seq_slot else s
         for position in range(batch.kv_lengths[s] - n, batch.kv_lengths[s]):
-            page = batch.page_table[slot, position // P] - first_page
-            row = pages[1, page, :, position % P]
-            rows.append(row.copy())
-            row[:] = 0xFFFF
+            places.append((int(batch.page_table[slot, position // P]), position % P))
+    return places
+
+
+def read_back(pages: Array, batch: Batch, first_page: int = 0) -> Array:
+    """What this batch's tokens wrote to layer 1, [T, K, D]; the rows are poisoned again."""
+    rows = []
+    for page, at in written(batch, pages.shape[3]):
+        row = pages[1, page - first_page, :, at]
+        rows.append(row.copy())
+        row[:] = 0xFFFF
     return np.array(rows)
 
 
@@ -86,10 +97,29 @@ def test_rope_write(
         q = shim.rope_write(qkv, *tables(rotary_dim), batch, kv, N, rotary_dim, 1, pairs)
     heads = qkv.reshape(len(qkv), N + 2 * K, D)
     want = rotated(heads[:, : N + K], batch.positions, rotary_dim, pairs)
-    assert_rope(q.reshape(-1, N, D), want[:, :N])
+    check(q, heads, want, batch, kv)
+
+
+def check(q: Array, heads: Array, want: Array, batch: Batch, kv: Kv) -> None:
+    """heads: [T, N + 2 K, D] as given; want: its first N + K rotated."""
+    K, N = kv.k.shape[2], len(heads[0]) - 2 * kv.k.shape[2]
+    assert_rope(q.reshape(want[:, :N].shape), want[:, :N])
     assert_rope(read_back(kv.k, batch), want[:, N:])
     assert np.array_equal(from_bf16(read_back(kv.v, batch)), heads[:, N + K :])
     assert (kv.k == 0xFFFF).all() and (kv.v == 0xFFFF).all(), "wrote outside its rows"
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("P", [16, 256])
+@pytest.mark.parametrize("rotary_dim", [64, 24])
+def test_the_end_of_a_context_of_128k(path: str, P: int, rotary_dim: int, pairs: bool) -> None:
+    """By vectors, and column by column."""
+    qkv, batch, kv = long_case(P)
+    with Shim(path) as shim:
+        angles = tables(rotary_dim, LONG)
+        q = shim.rope_write(qkv, *angles, batch, kv, 4, rotary_dim, 1, pairs)
+    heads = qkv.reshape(len(qkv), 4 + 2 * 2, 64)
+    check(q, heads, rotated(heads[:, :6], batch.positions, rotary_dim, pairs, LONG), batch, kv)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -153,6 +183,7 @@ def test_last_page_of_a_pool_beyond_4_gi_elements(path: str) -> None:
     kv.pool_pages = pool_pages
     first_page = pool_pages - N_PAGES
     batch.page_table = batch.page_table + first_page
+    assert pool_pages - 1 in {page for page, _ in written(batch, P)}
     with Shim(path) as shim:
         shim.rope_write(qkv, *tables(D), batch, kv, N, D, 1)
     heads = qkv.reshape(len(qkv), N + 2 * K, D)

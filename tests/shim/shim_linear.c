@@ -18,6 +18,8 @@ typedef struct shim_adapter {
 } shim_adapter;
 
 #define MAX_ADAPTERS 128
+#define LATE_BYTES ((size_t)64 << 20) /* written N_LATE times: 1 GiB in all */
+#define N_LATE 16
 
 /* Segments over one linear; v: [n_lora_rows, n_parts * part_stride]. */
 typedef struct shim_segments {
@@ -43,6 +45,8 @@ SHIM mil_status shim_linear(shim *s, void *y, const uint16_t *x, const shim_weig
                             int32_t y_dtype, int32_t M, int32_t n_last, int64_t ldy, int64_t ldx);
 SHIM mil_status shim_linear_lora(shim *s, void *y, const uint16_t *x, const shim_weight *weight,
                                  const shim_segments *segments, int32_t what);
+SHIM mil_status shim_linear_lora_late(shim *s, void *y, uint16_t word, const shim_weight *weight,
+                                      const shim_segments *segments);
 SHIM mil_status shim_gate_up_act(shim *s, uint16_t *out, void *y, const uint16_t *x,
                                  const shim_weight *weight, const shim_segments *segments);
 
@@ -194,7 +198,7 @@ static void view(shim *s, viewed *to, void *y, const uint16_t *x, const shim_wei
     shim_lend_batch(s, &to->step, &batch, &extras, false);
     to->linear = (mil_linear_args){
         .y = shim_lend(s, y, T * (size_t)weight->N * shim_product_bytes(s), SHIM_BOTH),
-        .x = shim_lend(s, x, T * (size_t)weight->K * sizeof *x, SHIM_IN),
+        .x = shim_lend(s, x, T * (size_t)weight->K * sizeof *x, x != NULL ? SHIM_IN : 0),
         .weight = &to->weight,
         .y_dtype = s->context.backend->product_dtype,
         .M = from->n_tokens,
@@ -235,6 +239,30 @@ mil_status shim_linear_lora(shim *s, void *y, const uint16_t *x, const shim_weig
     view(s, &it, y, x, weight, segments);
     MIL_TRY(shim_enter(s));
     return shim_leave(s, run(&s->context, &it, what));
+}
+
+/* What the queue runs first: far more than the host needs to queue the rest. */
+static mil_status write_late(shim *s, void *scratch, const mil_linear_args *linear, uint16_t word)
+{
+    const mil_device *device = s->context.backend->device;
+    size_t n = (size_t)linear->M * (size_t)linear->ldx;
+    for (int32_t i = 0; i < N_LATE; i++)
+        MIL_TRY(device->fill_16(s->context.queue, scratch, 0, LATE_BYTES / 2));
+    return device->fill_16(s->context.queue, (void *)(uintptr_t)linear->x, word, n);
+}
+
+/* As layers call it, right behind what writes x: every element is `word` then, and was NaN. */
+mil_status shim_linear_lora_late(shim *s, void *y, uint16_t word, const shim_weight *weight,
+                                 const shim_segments *segments)
+{
+    viewed it;
+    view(s, &it, y, NULL, weight, segments);
+    void *scratch = shim_take(s, LATE_BYTES);
+    MIL_TRY(shim_enter(s));
+    mil_status status = write_late(s, scratch, &it.linear, word);
+    if (status == MIL_OK)
+        status = run(&s->context, &it, RUN_COMPOSED);
+    return shim_leave(s, status);
 }
 
 mil_status shim_gate_up_act(shim *s, uint16_t *out, void *y, const uint16_t *x,

@@ -1,4 +1,4 @@
-/* begin, embed, norm, act, rope_write, attention, sample. */
+/* begin, embed, norm, act, rope_write, attention, sample, send_out. */
 #include "shim.h"
 
 #include <string.h>
@@ -25,6 +25,8 @@ SHIM mil_status shim_sample(shim *s, mil_sample *out, const float *logits,
                             const shim_extras *extras, const mil_sampling *sampling,
                             int32_t *last_token, int32_t n_slots, int32_t first_row, int32_t n_rows,
                             int32_t vocab, int64_t ld);
+SHIM mil_status shim_send_out(shim *s, void *host, const void *sent, int64_t n_host_bytes,
+                              int64_t n_bytes);
 
 /* What begin changes beside the slots' tokens and pages, and what adapter commands name. */
 typedef struct shim_state {
@@ -339,4 +341,24 @@ mil_status shim_sample(shim *s, mil_sample *out, const float *logits, const shim
     };
     MIL_TRY(shim_enter(s));
     return shim_leave(s, s->context.backend->sample(&s->context, &args));
+}
+
+/* The device's copy of `sent`, n_bytes, goes to memory like runner.c's ring, which holds
+ * n_host_bytes of `host` before and is what `host` holds after. */
+mil_status shim_send_out(shim *s, void *host, const void *sent, int64_t n_host_bytes,
+                         int64_t n_bytes)
+{
+    const mil_device *device = s->context.backend->device;
+    mil_slab pinned;
+    mil_status status = MIL_OK;
+    MIL_TRY(device->alloc_host(s->context.queue, &pinned, (size_t)n_host_bytes, "a test's ring"));
+    memcpy(pinned.data, host, (size_t)n_host_bytes);
+    const void *there = shim_lend(s, sent, (size_t)n_bytes, SHIM_IN);
+    MIL_TRY_GOTO(shim_enter(s), done);
+    status = device->send_out(s->context.queue, pinned.data, there, (size_t)n_bytes);
+    status = shim_leave(s, status);
+    memcpy(host, pinned.data, (size_t)n_host_bytes);
+done:
+    device->free_host(s->context.queue, &pinned);
+    return status;
 }

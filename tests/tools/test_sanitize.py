@@ -1,9 +1,12 @@
 """tools/sanitize.sh with a compute-sanitizer that prints what it is told: which of its findings are
-a failure. Those that racecheck has inside cuBLAS's own kernels, and nothing else, are none."""
+a failure. Those that racecheck has inside cuBLAS's own kernels, and nothing else, are none.
+
+And which of its files reaches each kernel that there is."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,3 +142,51 @@ def test_its_absence_is_a_failure_where_a_gpu_must_be(tmp_path: Path, must: str,
     status, says = run(str(tmp_path), MILPY_TEST_GPU=must, CUDA_HOME="/nonexistent")
     assert status == ends
     assert says.startswith("found no compute-sanitizer on PATH")
+
+
+# ---- what it reaches ----
+
+# Kernels of each source, and the file of tests/kernels whose tests marked `sanitize` launch them: a
+# new one is told to nobody else.
+KERNELS = {
+    "act.cu": ("act_kernel act_any_kernel", "test_act.py"),
+    "attention.cu": ("attention_kernel", "test_attention_small.py"),
+    "attention_chunk_sm90.cu": ("chunk_kernel", "test_attention_small.py"),
+    "attention_decode_sm90.cu": ("decode_kernel", "test_attention_small.py"),
+    "attention_plan.cu": ("plan_kernel", "test_attention_small.py"),
+    "begin.cu": ("copy_kernel apply_kernel", "test_begin.py"),
+    "borrow.cu": (
+        "fill_kernel modules_kernel gather_kernel spread_kernel samples_kernel",
+        "test_python_ops.py",
+    ),
+    "dummy.cu": ("dummy_kernel", "test_dummy.py"),
+    "embed.cu": ("embed_kernel embed_any_kernel", "test_embed.py"),
+    "fill.cu": ("fill_kernel", "test_rope.py"),  # a bucket's padding, bare or not
+    "linear.cu": ("round_bias_kernel", "test_linear.py"),
+    "lora_expand.cu": ("expand_kernel", "test_lora.py"),
+    "lora_shrink.cu": ("shrink_kernel", "test_lora.py"),
+    "norm.cu": ("norm_kernel norm_any_kernel", "test_norm.py"),
+    "product.cu": ("few_rows_kernel combine_kernel many_rows_kernel", "test_linear.py"),
+    "rope.cu": ("rope_kernel rope_any_kernel", "test_rope.py"),
+    "sample.cu": ("maxima_kernel masses_kernel choose_kernel", "test_sample.py"),
+    "send.cu": ("send_kernel", "test_send.py"),
+}
+KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(")
+
+
+def test_every_kernel_has_a_test_that_the_sanitizers_run() -> None:
+    found = {}
+    for path in sorted((ROOT / "csrc").rglob("*.cu*")):
+        source = path.read_text()
+        names = KERNEL.findall(source)
+        assert len(names) == source.count("__global__"), path
+        if names:
+            found[path.name] = " ".join(names)
+    assert found == {name: kernels for name, (kernels, _) in KERNELS.items()}
+
+
+@pytest.mark.parametrize("name", sorted({test for _, test in KERNELS.values()}))
+def test_the_files_that_launch_them_hold_such_tests(name: str) -> None:
+    """By the words that tools/sanitize.sh looks for."""
+    source = (ROOT / "tests/kernels" / name).read_text()
+    assert re.search(r"mark\.sanitize|small\(", source)

@@ -133,9 +133,12 @@ SHIM     := $(TREE)/tests/libshim.so
 CHAOS     := $(TREE)/chaos
 SRC_CHAOS := $(shell grep -l 'include "ops/chaos.h"' csrc/*/*.c)
 SRC_CHAOS := $(if $(CUDA),$(SRC_CHAOS),$(filter-out csrc/kernels/%,$(SRC_CHAOS))) \
-	tests/chaos/chaos.c tests/chaos/late_cpu.c $(if $(CUDA),tests/chaos/delay.cu)
+	tests/chaos/chaos.c tests/chaos/late_cpu.c \
+	$(if $(CUDA),tests/chaos/delay.cu tests/chaos/launches.c)
 OBJ_CHAOS := $(SRC_CHAOS:%=$(CHAOS)/%.o)
 OBJ_CALM  := $(filter-out $(SRC_CHAOS:%=$(CUDA_BUILD)/%.o),$(OBJ_CUDA))
+# Calls that come by tests/chaos first.
+WRAPPED   := mil_backend_find cudaLaunchKernelExC mil_cuda_lora_shrink mil_cuda_status
 CHAOS_EXT := $(foreach kind,late ring fence,$(CHAOS)/$(kind)/_C$(EXT_SUFFIX))
 FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 
@@ -221,7 +224,7 @@ $(CHAOS)/$(1)/_C$(EXT_SUFFIX): $(OBJ_$(1)) $(OBJ_EXT) $(OBJ_CALM) $(LIB) $(LINKE
 	@mkdir -p $$(@D)
 	@echo "  link $$@ ($(WITH))"
 	$$(Q)$$(CC) -shared -o $$@ $(OBJ_$(1)) $(OBJ_EXT) $(OBJ_CALM) $(LIB) $(LINK) $(CUDA_LINK) \
-		-Wl,--exclude-libs,ALL,--wrap=mil_backend_find -lm
+		-Wl,--exclude-libs,ALL $(WRAPPED:%=-Wl,--wrap=%) -lm
 endef
 $(foreach kind,late ring fence,$(eval $(call chaos_rule,$(kind))))
 

@@ -11,7 +11,8 @@
 
 #define MOST_SLEEP_NS 1000000
 
-static const char *const names[MIL_CHAOS_N_KINDS] = {"delays", "sleeps", "late", "device"};
+static const char *const names[MIL_CHAOS_N_KINDS] = {"delays", "sleeps", "late",   "device",
+                                                     "pdl",    "side",   "splits", "bias"};
 static atomic_int n_happened[MIL_CHAOS_N_KINDS];
 
 bool mil_chaos_is_on(mil_chaos_kind kind)

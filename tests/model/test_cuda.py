@@ -12,7 +12,8 @@ from helpers.gpu import need_cuda, need_file
 from milpy import LLM, RequestOutput, SamplingParams, demo
 
 NEAR_TIE = 0.25  # of logits, as the goldens' bound
-DIFFERENT_SHARE = 0.005
+# Of answers. Few can be apart at all: the CPU's 1,080 hold one in which a margin is under NEAR_TIE.
+APART_SHARE = 0.01
 ANSWER = SamplingParams(temperature=0, max_tokens=96, logprobs=3)
 N_FEW = 40  # requests of each voice where not all are asked
 
@@ -62,15 +63,17 @@ def margin(output: RequestOutput, at: int) -> float:
 
 def check_tokens(ours: list[RequestOutput], theirs: list[RequestOutput]) -> None:
     """The same, but for what follows a token of which `theirs` was in two minds."""
-    n_apart = 0
+    apart: list[str] = []
     for i, (found, expected) in enumerate(zip(ids(ours), ids(theirs), strict=True)):
         if found == expected:
             continue
-        n_apart += 1
         at = next(j for j, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
         where = f"request {i}, token {at}: found {found[at]}, expected {expected[at]}"
         assert margin(theirs[i], at) < NEAR_TIE, where
-    assert n_apart <= DIFFERENT_SHARE * sum(map(len, ids(theirs)))
+        apart.append(where)
+    told = f"{len(apart)} of {len(theirs)} answers are apart: {apart}"
+    print(told)
+    assert len(apart) <= APART_SHARE * len(theirs), told
 
 
 @pytest.mark.parametrize("voice", demo.VOICES)

@@ -1,7 +1,8 @@
 """A GPU's answers do not depend on when anything runs: kernels that start early or late, a second
 stream, a slow host, a host that hears late. And two builds that break a rule are caught by it.
 
-Pages of 64 are what Hopper's own kernels serve; pages of 16 change hands more often.
+Pages of 64 are what Hopper's own kernels serve; pages of 16 change hands more often. Late builds
+count launches: what a switch turns off is on without it, and off with it (helpers/order.py).
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from functools import cache
 
 import pytest
 from helpers.gpu import need_cuda, need_file
-from helpers.order import Found, check_worth, difference, name_of, run
+from helpers.order import Found, Workload, check_worth, difference, name_of, write_workload
 
-from milpy import LLM, demo
+from milpy import _C, LLM, demo
 
 pytestmark = pytest.mark.gpu
 
@@ -43,12 +44,18 @@ def cuda() -> None:
 
 
 @pytest.fixture(scope="module")
-def calm() -> Calm:
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    is_hopper = _C.gpu_reports()[0]["compute_capability"] == 90
+    return write_workload(tmp_path_factory.mktemp("wide"), "cuda", has_pdl=is_hopper)
+
+
+@pytest.fixture(scope="module")
+def calm(workload: Workload) -> Calm:
     """By page size: everything on, nothing delayed, nobody cancelled."""
 
     @cache
     def found(page_size: int) -> Found:
-        found = run("cuda", page_size=page_size, cancels=False)
+        found = workload.run(page_size=page_size, cancels=False)
         check_worth(found)
         return found
 
@@ -60,26 +67,30 @@ def name_of_case(case: object) -> str:
 
 
 @pytest.mark.parametrize(("page_size", "switches"), SWITCHES, ids=name_of_case)
-def test_switches_change_no_bit(calm: Calm, page_size: int, switches: dict[str, str]) -> None:
-    found = run("cuda", page_size=page_size, **switches)
+def test_switches_change_no_bit(
+    workload: Workload, calm: Calm, page_size: int, switches: dict[str, str]
+) -> None:
+    found = workload.run(page_size=page_size, **switches)
     assert difference(found, calm(page_size)) == ""
 
 
 @pytest.mark.parametrize(("page_size", "switches"), CHAOS, ids=name_of_case)
-def test_lateness_changes_no_bit(calm: Calm, page_size: int, switches: dict[str, str]) -> None:
-    found = run("cuda", "late", page_size=page_size, **switches)
+def test_lateness_changes_no_bit(
+    workload: Workload, calm: Calm, page_size: int, switches: dict[str, str]
+) -> None:
+    found = workload.run("late", page_size=page_size, **switches)
     assert difference(found, calm(page_size)) == ""
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_a_ring_of_one_is_seen(calm: Calm, seed: str) -> None:
-    found = run("cuda", "ring", CHAOS="delays,sleeps,late", CHAOS_SEED=seed)
+def test_a_ring_of_one_is_seen(workload: Workload, calm: Calm, seed: str) -> None:
+    found = workload.run("ring", CHAOS="delays,sleeps,late", CHAOS_SEED=seed)
     assert difference(found, calm(16)) != ""
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_pages_freed_before_the_fence_are_seen(calm: Calm, seed: str) -> None:
-    found = run("cuda", "fence", CHAOS="delays", CHAOS_SEED=seed)
+def test_pages_freed_before_the_fence_are_seen(workload: Workload, calm: Calm, seed: str) -> None:
+    found = workload.run("fence", CHAOS="delays", CHAOS_SEED=seed)
     assert difference(found, calm(16)) != ""
 
 

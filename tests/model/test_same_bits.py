@@ -9,7 +9,7 @@ all but the first under deterministic=True.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,26 @@ from milpy.config import read_model_config
 
 VOCAB = 1001
 RANKS = (8, 16, 64)
-SHAPES: dict[str, dict[str, int]] = {
-    "head_dim_128": {"heads": 4, "kv_heads": 1, "head_dim": 128},
-    "head_dim_80": {"heads": 6, "kv_heads": 2, "head_dim": 80},
-    "head_dim_64": {"heads": 4, "kv_heads": 2, "head_dim": 64},
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int = 256
+    ffn: int = 512
+    bias: bool = False
+
+
+# Wide enough for a GPU to cut K: of our own products from 1,024 on, of LoRA's shrink above it.
+SHAPES = {
+    "head_dim_128": Shape(4, 1, 128),
+    "head_dim_80": Shape(6, 2, 80),
+    "head_dim_64": Shape(4, 2, 64),
+    "wide": Shape(8, 2, 128, hidden=1088, ffn=2112, bias=True),
 }
 
 
@@ -104,13 +120,11 @@ def rig(
     folder = tmp_path_factory.mktemp("same_bits")
     shape, size = SHAPES[request.param], SIZES[device]
     base = folder / "base"
-    write_tiny_llama(base, hidden=256, ffn=512, vocab=VOCAB, max_positions=4096, **shape)
+    write_tiny_llama(base, vocab=VOCAB, max_positions=4096, **asdict(shape))
     config = read_model_config(base)
     model = open_model(base, device)
-    page_bytes = (
-        2 * 2 * config.num_hidden_layers * shape["kv_heads"] * size.page * shape["head_dim"]
-    )
-    made = Rig(base, model, [-1], size, page_bytes, shape["head_dim"] in (64, 128))
+    page_bytes = 2 * 2 * config.num_hidden_layers * shape.kv_heads * size.page * shape.head_dim
+    made = Rig(base, model, [-1], size, page_bytes, shape.head_dim in (64, 128))
     made.adapters.extend(made.add_adapter(rank, seed) for rank in RANKS for seed in (1, 2))
     return made
 

@@ -122,7 +122,7 @@ def test_generate_without_a_tokenizer_prints_ids(model: Path, tmp_path: Path) ->
         (["/nowhere", "--prompt", "x"], 1, "milpy: /nowhere: no such folder"),
         (["MODEL", "--prompt-ids", "1,x"], 1, "--prompt-ids is '1,x', expected ids"),
         (["MODEL", "--prompt-ids", "9999"], 1, "token 0 is 9999, expected an id"),
-        (["MODEL", "--prompt", "x", "--top-p", "nan"], 1, "top_p is NaN, expected"),
+        (["MODEL", "--prompt", "x", "--top-p", "nan"], 1, "top_p is nan, expected"),
         (["MODEL", "--prompt", "x", "--adapter", "a"], 2, "'a' is not NAME=PATH"),
         (
             ["MODEL", "--prompt", "x", *["--adapter", "a=/b"] * 2],

@@ -328,9 +328,9 @@ def test_an_out_that_overlaps_an_input_is_refused() -> None:
         ("seed", -1, "seed is -1, expected 0 to 18446744073709551615"),
         ("seed", 2**64, "seed is object of shape"),
         ("temperature", None, "temperature is object of shape .*, expected numbers"),
-        ("temperature", np.nan, "temperature is NaN, expected 0 to 1e30"),
-        ("temperature", [1, np.nan, 2], "temperature is NaN, expected 0 to 1e30"),
-        ("temperature", np.float32(np.inf), "temperature is Infinity, expected 0 to 1e30"),
+        ("temperature", np.nan, "temperature is nan, expected 0 to 1e30"),
+        ("temperature", [1, np.nan, 2], "temperature is nan, expected 0 to 1e30"),
+        ("temperature", np.float32(np.inf), "temperature is inf, expected 0 to 1e30"),
         ("temperature", -0.5, "temperature is -0.5, expected 0 to 1e30"),
         ("temperature", 1e300, "temperature is 1e\\+300, expected 0 to 1e30"),
         ("temperature", True, "temperature is bool of shape"),
@@ -338,7 +338,7 @@ def test_an_out_that_overlaps_an_input_is_refused() -> None:
         ("top_p", 0, "top_p is 0, expected above 0 and up to 1"),
         ("top_p", 1e-60, "top_p is 1e-60, expected above 0 and up to 1"),
         ("top_p", [0.5, 1.5, 1], "top_p is 1.5, expected above 0 and up to 1"),
-        ("top_p", np.nan, "top_p is NaN, expected above 0 and up to 1"),
+        ("top_p", np.nan, "top_p is nan, expected above 0 and up to 1"),
     ],
 )
 def test_parameters_that_no_row_can_hold_are_refused(name: str, value: Any, message: str) -> None:

@@ -320,7 +320,7 @@ install-server: install       ## the server (an alias of install until the serve
 
 demo: $(VENV)/.stamp-base     ## set up, then one batch: the base and three adapters
 	@$(MAKE) ext PYTHON=$(VPY)
-	$(VENV)/bin/milpy demo
+	$(VENV)/bin/milpy demo $(DEMO_ARGS)
 
 # These are the CPU's tests, and LLM's device is auto: where there is a GPU they must not see it.
 NO_GPU := CUDA_VISIBLE_DEVICES=

@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -374,6 +375,14 @@ def test_a_script_tells_what_it_is_for(script: str, option: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] in text.splitlines()[1]
     assert "case" not in done.stdout and not done.stdout.startswith("#")
+
+
+def test_the_check_of_rooms_tells_what_it_wants() -> None:
+    """It was a traceback."""
+    command = [sys.executable, str(ROOT / "tools/check_rooms.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "library" in done.stdout and "extension" in done.stdout
 
 
 def test_the_readme_installs_what_ci_compiles_with() -> None:

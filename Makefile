@@ -73,19 +73,20 @@ ISAS := scalar
 endif
 
 # The CUDA backend: NVCC, the toolkit's headers and cudart, or nothing. See tools/find_cuda.sh.
+FOUND_CUDA :=
 ifneq ($(MILPY_CUDA),0)
-CUDA := $(shell sh tools/find_cuda.sh '$(MILPY_CUDA)' $(PYTHON))
+FOUND_CUDA := $(shell sh tools/find_cuda.sh '$(MILPY_CUDA)' $(PYTHON))
 # Three words; none only from auto, so that a script that did not run is no answer either.
-ifneq ($(words $(CUDA)),$(if $(CUDA)$(filter-out auto,$(MILPY_CUDA)),3,0))
+ifneq ($(words $(FOUND_CUDA)),$(if $(FOUND_CUDA)$(filter-out auto,$(MILPY_CUDA)),3,0))
 $(error MILPY_CUDA=$(MILPY_CUDA): CUDA cannot be built here, see above)
 endif
 endif
 # Said where something is linked: a plain `make` after MILPY_CUDA=1 may link without it again.
-WITH      := $(if $(CUDA),CUDA,no CUDA)
-NVCC      := $(word 1,$(CUDA))
-CUDA_LINK := $(if $(CUDA),-L$(word 3,$(CUDA)) -lcudart_static -ldl -lrt)
+WITH      := $(if $(FOUND_CUDA),CUDA,no CUDA)
+NVCC      := $(word 1,$(FOUND_CUDA))
+CUDA_LINK := $(if $(FOUND_CUDA),-L$(word 3,$(FOUND_CUDA)) -lcudart_static -ldl -lrt)
 # The compilers' own folder is not named: it would come before the C++ library's.
-CUDA_INCLUDE := $(filter-out /usr/include,$(wildcard $(word 2,$(CUDA)) $(word 2,$(CUDA))/cccl))
+CUDA_INCLUDE := $(filter-out /usr/include,$(wildcard $(word 2,$(FOUND_CUDA)) $(word 2,$(FOUND_CUDA))/cccl))
 CUDA_INCLUDE := $(addprefix -isystem ,$(CUDA_INCLUDE))
 # x.cu runs anywhere: code for sm_80 and sm_90, and PTX for what comes later. x_sm90.cu holds what only
 # Hopper has.
@@ -110,16 +111,18 @@ OBJ_SIMD := $(foreach isa,$(ISAS),$(patsubst %.c,$(BUILD)/%.$(isa).o,$(SRC_SIMD)
 LIB      := $(BUILD)/libmilpy.a
 # Stand before the library in a link: their find.o knows CUDA, and the library's is left out.
 SRC_CUDA := $(wildcard csrc/kernels/*.cu csrc/kernels/*.c) csrc/ops/find.c
-OBJ_CUDA := $(if $(CUDA),$(patsubst %,$(CUDA_BUILD)/%.o,$(SRC_CUDA)))
+OBJ_CUDA := $(if $(FOUND_CUDA),$(patsubst %,$(CUDA_BUILD)/%.o,$(SRC_CUDA)))
 # Changes with what is linked, so that MILPY_CUDA=0 after 1 links again.
 LINKED   := $(TREE)/linked
 
 PY_INFO    := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config_var('EXT_SUFFIX'), \
 	s.get_path('include'))" 2>/dev/null)
 EXT_SUFFIX := $(word 1,$(PY_INFO))
-# find_spec, because importing NumPy takes a tenth of a second and this line runs often.
-NUMPY_INCLUDE ?= $(shell $(PYTHON) -c "from importlib.util import find_spec as f; \
-	print(f('numpy').submodule_search_locations[0] + '/_core/include')")
+# find_spec, because importing NumPy takes a tenth of a second and this line runs often. NumPy 1 has
+# its headers elsewhere.
+NUMPY_INCLUDE ?= $(shell $(PYTHON) -c "import os; from importlib.util import find_spec as f; \
+	path = f('numpy').submodule_search_locations[0] + '/_core/include'; \
+	print(path if os.path.exists(path) else '')" 2>/dev/null)
 EXT_DIR  ?= milpy
 EXT      := $(EXT_DIR)/_C$(EXT_SUFFIX)
 SRC_EXT  := $(wildcard csrc/python/*.c)
@@ -132,9 +135,9 @@ SHIM     := $(TREE)/tests/libshim.so
 # for chaos is compiled again and stands before the objects and the library that it replaces.
 CHAOS     := $(TREE)/chaos
 SRC_CHAOS := $(shell grep -l 'include "ops/chaos.h"' csrc/*/*.c)
-SRC_CHAOS := $(if $(CUDA),$(SRC_CHAOS),$(filter-out csrc/kernels/%,$(SRC_CHAOS))) \
+SRC_CHAOS := $(if $(FOUND_CUDA),$(SRC_CHAOS),$(filter-out csrc/kernels/%,$(SRC_CHAOS))) \
 	tests/chaos/chaos.c tests/chaos/late_cpu.c \
-	$(if $(CUDA),tests/chaos/delay.cu tests/chaos/launches.c)
+	$(if $(FOUND_CUDA),tests/chaos/delay.cu tests/chaos/launches.c)
 OBJ_CHAOS := $(SRC_CHAOS:%=$(CHAOS)/%.o)
 OBJ_CALM  := $(filter-out $(SRC_CHAOS:%=$(CUDA_BUILD)/%.o),$(OBJ_CUDA))
 # Calls that come by tests/chaos first.
@@ -145,7 +148,7 @@ FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .PHONY: all lib ext chaos cuda cuda-all ptx ptx-all codebase install-server install demo test test-c test-ref \
-	test-gpu test-gpu-here cuda-found asan tsan fuzz format lint tidy check bench clean help prerequisites FORCE
+	test-gpu test-gpu-here cuda-found python-found asan tsan fuzz format lint tidy check bench clean help prerequisites FORCE
 
 all: ext           ## the extension, in place (the same as ext)
 
@@ -157,8 +160,10 @@ chaos: $(CHAOS_EXT)                ## the extension of the order tests: late at 
 
 codebase: lib $(OBJ_CUDA)          ## C core and kernels
 
-# Beside the build that milpy/ holds: what is linked is in a tree of its own.
-cuda: $(VENV)/.stamp-build        ## compile every CUDA source and link all of it; needs nvcc, no GPU and no cuBLAS
+# Beside the build that milpy/ holds: what is linked is in a tree of its own. nvcc is looked for before
+# pip fetches anything.
+cuda: cuda-found                  ## compile every CUDA source and link all of it; needs nvcc, no GPU and no cuBLAS
+	@$(MAKE) $(VENV)/.stamp-build
 	@$(MAKE) cuda-all MILPY_CUDA=1 TREE=build/with-cuda EXT_DIR=build/with-cuda/milpy PYTHON=$(VPY)
 
 cuda-all: ext chaos $(SHIM) $(TREE)/bench/bench_ops
@@ -255,7 +260,12 @@ $(filter %.cu.o,$(OBJ_CUDA)): $(CUDA_BUILD)/%.o: % Makefile
 		-MF $(@:.o=.d) -c $< -o $@ 2>$@.log; status=$$?; cat $@.log >&2; \
 		test $$status = 0 && ! grep -Eq '$(PTXAS_NOTES)' $@.log
 
-$(OBJ_EXT): $(BUILD)/py$(EXT_SUFFIX)/%.o: %.c Makefile
+# Without either the compiler would only name a header.
+python-found:
+	@$(if $(EXT_SUFFIX),,$(error found no Python at $(PYTHON), expected 3.10 or newer))
+	@$(if $(NUMPY_INCLUDE),,$(error found no NumPy in $(PYTHON), expected numpy>=2))
+
+$(OBJ_EXT): $(BUILD)/py$(EXT_SUFFIX)/%.o: %.c Makefile | python-found
 	@mkdir -p $(@D)
 	@echo "  cc   $@"
 	$(Q)$(CC) $(COMMON) $(OPT) $(CFLAGS) -isystem $(word 2,$(PY_INFO)) -isystem $(NUMPY_INCLUDE) \
@@ -313,7 +323,7 @@ install-server: install       ## the server (an alias of install until the serve
 
 demo: $(VENV)/.stamp-base     ## set up, then one batch: the base and three adapters
 	@$(MAKE) ext PYTHON=$(VPY)
-	$(VENV)/bin/milpy demo
+	$(VENV)/bin/milpy demo $(DEMO_ARGS)
 
 # These are the CPU's tests, and LLM's device is auto: where there is a GPU they must not see it.
 NO_GPU := CUDA_VISIBLE_DEVICES=

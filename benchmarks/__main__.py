@@ -1,8 +1,10 @@
 """Every bar of this machine's kind, one table after the other: `make bench`.
 
-python -m benchmarks [cpu] [attention] [engine] [load] [start] [ops] [device]
+    python -m benchmarks [cpu] [attention] [engine] [load] [start] [ops] [device]
 
-None named: all, and the last two, which need a GPU, only where the CUDA backend can use one.
+None named: all, and the last two, which need a GPU, only where the CUDA backend can use one. Each
+name is bench_NAME.py, but that `device` is bench_engine.py --device cuda; options are each one's
+own: python -m benchmarks.bench_cpu --help.
 """
 
 from __future__ import annotations

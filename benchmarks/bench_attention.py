@@ -11,19 +11,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 from collections import defaultdict
 
-from benchmarks.driver import build
+from benchmarks.driver import HERE, build
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def shape_names() -> list[str]:
+    """Of the table in C."""
+    return re.findall(r'^    \{"([^"]+)", \d', (HERE / "bench_attention.c").read_text(), re.M)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--only", default="")
-    options = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=0, help="0: all that a model would use")
+    parser.add_argument("--only", default="", metavar="PART", help="shapes whose name holds it")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}, expected at least 1")
+    names = shape_names()
+    if not any(options.only in name for name in names):
+        parser.error(f"--only is {options.only!r}, expected a part of one of {', '.join(names)}")
     command = [
         str(build("bench_attention")),
         str(options.rounds),

@@ -116,7 +116,9 @@ BENCHES = {"gemm": bench_gemm, "avx2": bench_avx2, "lora": bench_lora, "pool": b
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0, help="0: all that a model would use")
     parser.add_argument("--only", choices=BENCHES)

@@ -153,7 +153,9 @@ def bench(shape: Shape, folder: Path, dtype: str, n_threads: int, rounds: int) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; the result is how many bars were missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="0.5B", choices=sorted(SHAPES))
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
     parser.add_argument("--rounds", type=int, default=5)

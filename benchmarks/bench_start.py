@@ -55,7 +55,9 @@ def installed_megabytes() -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the figures beside their bars; the result is how many were missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--install", action="store_true")
     options = parser.parse_args(arguments)
     rows = [

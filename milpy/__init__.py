@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from milpy import ops
+    from milpy import errors, ops
     from milpy.engine import AsyncEngine
     from milpy.llm import LLM
     from milpy.outputs import CompletionOutput, Logprob, LoRARequest, RequestOutput
@@ -26,6 +26,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "__version__",
+    "errors",
     "ops",
 ]
 
@@ -43,8 +44,8 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     from importlib import import_module
 
-    if name == "ops":  # the module itself; importing it sets the attribute
-        return import_module("milpy.ops")
+    if name in ("errors", "ops"):  # the module itself; importing it sets the attribute
+        return import_module(f"milpy.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'milpy' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

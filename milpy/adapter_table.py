@@ -20,7 +20,8 @@ from milpy.config import ModelConfig
 from milpy.errors import AdapterError, EngineError, RequestError
 from milpy.hub import resolve_model
 from milpy.outputs import check_adapter_name
-from milpy.strict_json import show, show_names
+from milpy.scalars import show_argument
+from milpy.strict_json import show_names
 
 if TYPE_CHECKING:
     from milpy import _C
@@ -74,7 +75,7 @@ class AdapterTable:
             try:
                 adapter = read_adapter(folder, self._config, allow_adapter_keys=allow_adapter_keys)
             except AdapterError as problem:
-                raise AdapterError(f"adapter {show(name)}: {problem}") from problem
+                raise AdapterError(f"adapter {show_argument(name)}: {problem}") from problem
             with self._lock:
                 content = self._contents.get(adapter.digest)
                 if content is not None:
@@ -133,7 +134,7 @@ class AdapterTable:
     def _check(self, name: str) -> None:
         if name not in self._names:
             known = show_names(self._names, 20) or "none: no adapter is loaded"
-            raise RequestError(f"adapter is {show(name)}, expected one of {known}")
+            raise RequestError(f"adapter is {show_argument(name)}, expected one of {known}")
 
     def _point(self, name: str, content: _Content, source: tuple[object, ...]) -> None:
         content.n_holders += 1

@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 
 from milpy.errors import MilpyError, RequestError, TokenizerError
 from milpy.files import read_whole
-from milpy.strict_json import Json, kind_of, show
+from milpy.scalars import kind_of_argument, show_argument
+from milpy.strict_json import Json, kind_of
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
@@ -188,17 +189,17 @@ def _check_messages(messages: Sequence[Message]) -> list[Json]:
     """A copy of plain values; templates see nothing of the caller's objects."""
     expected = 'a list of {"role": ..., "content": ...}'
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages is {kind_of(messages)}, expected {expected}")
+        raise RequestError(f"messages is {kind_of_argument(messages)}, expected {expected}")
     if not messages:
         raise RequestError(f"messages is empty, expected {expected}")
     result: list[Json] = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise RequestError(f"{where} is {kind_of(message)}, expected {expected}")
+            raise RequestError(f"{where} is {kind_of_argument(message)}, expected {expected}")
         role = message.get("role")
         if not isinstance(role, str) or not role:
-            raise RequestError(f"{where}: role is {show(role)}, expected a string")
+            raise RequestError(f"{where}: role is {show_argument(role)}, expected a string")
         if "content" not in message and "tool_calls" not in message:
             raise RequestError(f"{where}: content is absent, expected a string")
         result.append(_plain(message, where, MAX_MESSAGE_DEPTH))

@@ -53,16 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     generate = _command(commands, "generate", run_generate, "answer prompts in one batch")
+    generate.description = (
+        "Answer prompts in one batch: each once for every --adapter, or by the base model where "
+        "there is none. Without a prompt one is read from stdin, whole."
+    )
     _add_model(generate)
-    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT")
-    generate.add_argument(
-        "--prompt-ids", action="append", default=[], metavar="1,2,3", help="a prompt as token ids"
-    )
-    generate.add_argument(
-        "--base",
-        action="store_true",
-        help="answer without an adapter as well",
-    )
+    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                          help="a prompt as text; may be repeated")  # fmt: skip
+    generate.add_argument("--prompt-ids", action="append", default=[], metavar="1,2,3",
+                          help="a prompt as token ids; may be repeated")  # fmt: skip
+    generate.add_argument("--base", action="store_true",
+                          help="answer by the base model as well as by each adapter")  # fmt: skip
     generate.add_argument("--json", action="store_true", help="one JSON object per answer")
     _add_sampling(generate)
 
@@ -74,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", run_demo, "one batch, four voices: the model in this package")
     demo.add_argument("--n", type=int, default=4, metavar="N", help="held-out requests (4)")
-    demo.add_argument("--prompt", action="append", metavar="TEXT", help="a request of your own")
+    demo.add_argument("--prompt", action="append", metavar="TEXT",
+                      help="a request of your own; may be repeated")  # fmt: skip
+    _add_device(demo)
 
     _command(commands, "doctor", run_doctor, "what was found, what is missing, what will be used")
 
@@ -94,38 +97,58 @@ def _command(
     return parser
 
 
+# fmt: off
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder in Hugging Face's format, or a Hub id")
     parser.add_argument("--adapter", action="append", default=[], type=_name_and_path,
-                        metavar="NAME=PATH", help="a PEFT adapter; may be repeated")  # fmt: skip
-    parser.add_argument("--device", default="auto",
-                        help="cpu, cuda, cuda:N or auto: a GPU where one will do")  # fmt: skip
+                        metavar="NAME=PATH", help="a PEFT adapter; may be repeated")
+    _add_device(parser)
     parser.add_argument("--load-format", default="auto", choices=("auto", "dummy"),
-                        help="dummy: random weights from config.json alone")  # fmt: skip
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
-    parser.add_argument("--max-model-len", type=int, metavar="TOKENS")
-    parser.add_argument("--max-num-seqs", type=int, metavar="N")
-    parser.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS")
-    parser.add_argument("--kv-cache-bytes", type=int, metavar="BYTES")
-    parser.add_argument("--page-size", type=int, metavar="TOKENS")
+                        help="dummy: random weights from config.json alone")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N",
+                        help="ranks that the model is split over, on the CPU alone (1)")
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS",
+                        help="most of a prompt and its answer together (the model's own)")
+    parser.add_argument("--max-num-seqs", type=int, metavar="N",
+                        help="requests that run at once (64 on the CPU, 256 on a GPU)")
+    parser.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS",
+                        help="of one step, all requests (512 on the CPU, 8192 on a GPU)")
+    parser.add_argument("--kv-cache-bytes", type=int, metavar="BYTES",
+                        help="of all KV pages (half of what is free on the CPU; on a GPU what "
+                        "--gpu-memory-utilization leaves)")
+    parser.add_argument("--page-size", type=int, metavar="TOKENS",
+                        help="of a KV page: 16, 32, 64, 128 or 256 (16 on the CPU, 64 on a GPU)")
     parser.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE",
-                        help="of the whole GPU that may be in use (0.9)")  # fmt: skip
+                        help="of the whole GPU that may be in use (0.9)")
     parser.add_argument("--deterministic", action="store_true",
-                        help="on a GPU batch mates change no bit, at a price")  # fmt: skip
-    parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--n-threads", type=int, metavar="N")
+                        help="on a GPU batch mates change no bit, at a price")
+    parser.add_argument("--enforce-eager", action="store_true",
+                        help="on a GPU run decode steps without CUDA graphs")
+    parser.add_argument("--n-threads", type=int, metavar="N",
+                        help="of the CPU, all ranks together (the CPUs that may be used)")
     parser.add_argument("--tokenizer", metavar="PATH", help="another folder for tokenizer.json")
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, cuda:N or auto: a GPU where one will do")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="default: until the end")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
-    parser.add_argument("--ignore-eos", action="store_true")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K",
+                        help="draw from the K likeliest tokens; default: 0, off")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="draw from the fewest tokens that together have the probability P; "
+                        "default: 1, off")
+    parser.add_argument("--seed", type=int, help="of the draws; default: a fresh one per request")
+    parser.add_argument("--stop", action="append", metavar="TEXT",
+                        help="end an answer before this text; may be repeated")
+    parser.add_argument("--ignore-eos", action="store_true",
+                        help="go on after the model's own end of an answer")
+# fmt: on
 
 
 def _name_and_path(text: str) -> tuple[str, str]:
@@ -168,7 +191,9 @@ def run_chat(arguments: argparse.Namespace) -> int:
 def run_demo(arguments: argparse.Namespace) -> int:
     from milpy.demo.show import show_demo
 
-    return show_demo(arguments.prompt, arguments.n, is_quiet=arguments.quiet)
+    return show_demo(
+        arguments.prompt, arguments.n, device=arguments.device, is_quiet=arguments.quiet
+    )
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

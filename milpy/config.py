@@ -18,12 +18,13 @@ from os.path import exists
 from pathlib import Path
 from typing import Literal
 
-from milpy.errors import ConfigError
+from milpy.errors import ConfigError, RequestError
 from milpy.strict_json import Fields, Json, is_integer, is_number, read_object, show, show_names
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_DEPTH = 16
 MAX_POSITION = 1 << 24
+MIN_CONTEXT = 2  # a token of a prompt and one of its answer
 MAX_VOCAB = 1 << 21
 MAX_TOKEN_IDS = 32
 
@@ -157,17 +158,20 @@ class ModelConfig:
         return self.max_position_embeddings
 
     def context_length(self, requested: int | None = None) -> int:
-        """The context to serve: `requested` where it fits, the declared length where it is None."""
+        """The context to serve: `requested` where it fits, the declared length where it is None.
+
+        What is requested is an option, max_model_len, and not of the file.
+        """
         if requested is None:
             return self.max_position_embeddings
         limit = self.max_context_length
         if requested > limit and self.rope.type == "dynamic":
-            raise ConfigError(
-                f"context length is {requested}, expected at most {limit}: rope type dynamic is "
+            raise RequestError(
+                f"max_model_len is {requested}, expected at most {limit}: rope type dynamic is "
                 "served up to max_position_embeddings, where it equals default"
             )
-        if not 1 <= requested <= limit:
-            raise ConfigError(f"context length is {requested}, expected 1..{limit}")
+        if not MIN_CONTEXT <= requested <= limit:
+            raise RequestError(f"max_model_len is {requested}, expected {MIN_CONTEXT}..{limit}")
         return requested
 
     def kv_bytes_per_token(self, element_bytes: int = 2) -> int:

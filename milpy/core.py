@@ -28,7 +28,7 @@ from milpy.memory import MemoryReport
 from milpy.outputs import LoRARequest, RequestOutput
 from milpy.prompts import Prompt, PromptReader
 from milpy.sampling import SamplingParams
-from milpy.strict_json import show
+from milpy.scalars import show_argument
 
 MAX_EVENTS = 1024
 
@@ -250,7 +250,7 @@ class Core:
             self.reader.check_token(token, f"{where}: stop_token_ids")
         if params.stop and self.tokenizer is None:
             raise RequestError(
-                f"{where}: stop is {show(params.stop[0])}, expected none: "
+                f"{where}: stop is {show_argument(params.stop[0])}, expected none: "
                 f"{self.reader.missing_tokenizer}"
             )
         limit = self.reader.max_model_len
@@ -353,7 +353,7 @@ class Core:
             self._runner.join()  # it has raised, or is about to
             job.error = EngineError(f"the engine has failed: {self._failure}")
         elif finish == _C.FINISH_NUMERICS:
-            voice = show(job.request.adapter) if job.request.adapter else "the base model"
+            voice = show_argument(job.request.adapter) if job.request.adapter else "the base model"
             job.error = AnswerError(
                 f"request {job.id}: the logits of {voice} are not finite, expected finite ones"
             )
@@ -384,12 +384,16 @@ def _spread(name: str, value: object, kind: type[T], n: int) -> list[T | None]:
     if value is None or isinstance(value, kind):
         return [value] * n
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise RequestError(f"{name} is {show(value)}, expected {kind.__name__}, None or a list")
+        raise RequestError(
+            f"{name} is {show_argument(value)}, expected {kind.__name__}, None or a list"
+        )
     if len(value) != n:
         raise RequestError(f"{name} has {len(value)} entries, expected {n}: one for each prompt")
     for i, entry in enumerate(value):
         if entry is not None and not isinstance(entry, kind):
-            raise RequestError(f"{name}[{i}] is {show(entry)}, expected {kind.__name__} or None")
+            raise RequestError(
+                f"{name}[{i}] is {show_argument(entry)}, expected {kind.__name__} or None"
+            )
     return cast("list[T | None]", list(value))
 
 

@@ -21,6 +21,15 @@ CHECKOUT_PACKAGES = ("ml_dtypes", "pytest", "torch", "transformers", "peft")
 OLDEST_PYTHON = (3, 10)
 CUDA_BUILD = "; for one: nvcc 12.4 or newer and g++, then make, or pip install -e ."
 
+# The core refuses other values, the CUDA ones where a GPU is opened.
+SWITCHES = {
+    "MILPY_CHECK": ("0", "1"),
+    "MILPY_POISON": ("0", "1"),
+    "MILPY_CUDA_PATH": ("portable",),
+    "MILPY_CUDA_PDL": ("0", "1"),
+    "MILPY_CUDA_SIDE": ("0", "1"),
+}
+
 Line = tuple[str, str]
 
 
@@ -173,10 +182,16 @@ def _demo() -> str:
 
 
 def _environment() -> str:
-    """Variables that change what milpy does."""
+    """Variables that change what milpy does, and those whose value it does not know."""
     names = (
-        "MILPY_CPU_ISA", "MILPY_CUDA_PATH", "MILPY_CUDA_PDL", "MILPY_CUDA_SIDE", "MILPY_CUBLASLT",
-        "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "MILPY_CHECK", "MILPY_POISON", "HF_HOME",
-        "HF_HUB_OFFLINE",
+        "MILPY_CPU_ISA", *SWITCHES, "MILPY_CUBLASLT", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",
+        "HF_HOME", "HF_HUB_OFFLINE",
     )  # fmt: skip
-    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "-"
+    return ", ".join(map(_variable, (name for name in names if name in os.environ))) or "-"
+
+
+def _variable(name: str) -> str:
+    value = os.environ[name]
+    known = SWITCHES.get(name, (value,))
+    wrong = f" (expected {' or '.join(known)})" if value and value not in known else ""
+    return f"{name}={value}{wrong}"

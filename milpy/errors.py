@@ -13,7 +13,8 @@ class MilpyError(Exception):
 
 
 class ConfigError(MilpyError, ValueError):
-    """config.json or generation_config.json is not one that milpy can honour."""
+    """config.json or generation_config.json is not one that milpy can honour, or not so: several
+    ranks on a GPU, say."""
 
 
 class CheckpointError(MilpyError, ValueError):
@@ -33,7 +34,7 @@ class HubError(MilpyError):
 
 
 class RequestError(MilpyError, ValueError):
-    """A prompt, parameter or name that no request may carry."""
+    """An option, prompt, parameter, array or name that milpy does not take."""
 
 
 class EngineError(MilpyError, RuntimeError):

@@ -36,18 +36,30 @@ class LLM:
 
     model is a folder in Hugging Face's format or the id of a Hub repository (at `revision`).
     adapters maps names to PEFT folders or Hub ids. dtype auto is bfloat16; weights of another dtype
-    are converted. tensor_parallel_size splits the model over that many ranks. max_model_len bounds
-    prompt and answer together; max_num_seqs, max_num_batched_tokens, kv_cache_bytes and page_size
-    are the scheduler's knobs, n_threads is shared by all ranks; None chooses.
+    are converted. tensor_parallel_size splits the model over that many ranks, on the CPU alone.
 
-    On a GPU, gpu_memory_utilization (None: 0.9) is the share of its whole memory that may be in use
-    once this is up, whoever uses it: this LLM, another one, other processes. Weights, these
-    adapters, workspace, libraries and CUDA graphs are measured, and KV pages take what they leave
-    of the share; kv_cache_bytes overrules it, and adapters that are loaded later take of what is
-    then free. enforce_eager runs decode steps without CUDA graphs; deterministic keeps batch mates
-    from changing a row's bits, at a price (the CPU always does), unless they take a sequence's KV
-    pages: what it has answered is then computed anew, as a prompt is. On a GPU at most
-    max_num_batched_tokens - 2 requests then run at once, of max_num_batched_tokens >= 3.
+    device is "cpu"; "cuda", the first GPU; "cuda:1", the second one; or "auto": the first GPU that
+    there are kernels for, else the CPU, and the log says why. A GPU that there are kernels for, but
+    no cuBLASLt or too little memory, is an error under "auto" as well.
+
+    None lets milpy choose: max_model_len, the most tokens of a prompt and its answer together (the
+    model's own, cut to what the KV pages hold); max_num_seqs, requests that run at once (64 on the
+    CPU, 256 on a GPU, at most max_num_batched_tokens); max_num_batched_tokens, tokens of one step,
+    by which a longer prompt is cut into pieces (512 on the CPU, 8192 on a GPU, at least
+    max_num_seqs); page_size, tokens of a KV page (16 on the CPU, 64 on a GPU; or 32, 128, 256);
+    kv_cache_bytes, for all pages (on the CPU half of the memory that is free, on a GPU what the
+    share below leaves; no more than max_num_seqs full contexts need); n_threads of the CPU, for all
+    ranks together (the CPUs that this process may use).
+
+    Of a GPU, and without effect on the CPU: gpu_memory_utilization (None: 0.9) is the share of its
+    whole memory that may be in use once this is up, whoever uses it: this LLM, another one, other
+    processes. Weights, these adapters, workspace, libraries and CUDA graphs are measured, and KV
+    pages take what they leave of the share; kv_cache_bytes overrules it, and adapters that are
+    loaded later take of what is then free. enforce_eager runs decode steps without CUDA graphs;
+    deterministic keeps batch mates from changing a row's bits, at a price (the CPU always does),
+    unless they take a sequence's KV pages: what it has answered is then computed anew, as a prompt
+    is. Then at most max_num_batched_tokens - 2 requests run at once, and fewer than 3 tokens are
+    refused.
 
     load_format="dummy" makes random weights by `seed` from config.json alone. tokenizer names
     another folder for tokenizer.json; without one, prompts are token ids. progress shows a bar

@@ -15,20 +15,33 @@ from pathlib import Path
 
 from milpy import _C
 from milpy.checkpoint import Checkpoint, open_checkpoint
-from milpy.config import ModelConfig, eos_token_ids, read_generation_config, read_model_config
-from milpy.errors import ConfigError
+from milpy.config import (
+    MAX_POSITION,
+    MIN_CONTEXT,
+    ModelConfig,
+    eos_token_ids,
+    read_generation_config,
+    read_model_config,
+)
+from milpy.errors import RequestError
 from milpy.hub import resolve_model
 from milpy.interrupt import HeldInterrupt
 from milpy.outputs import check_adapter_name
-from milpy.scalars import MAX_UINT64, check_flag, check_integer, check_real, refuse
-from milpy.strict_json import show
+from milpy.scalars import (
+    MAX_UINT64,
+    check_flag,
+    check_integer,
+    check_real,
+    refuse,
+    show_argument,
+)
 from milpy.tokenizer import TOKENIZER_FILE, Tokenizer
 from milpy.wheels import add_library_dirs
 
 POLL_SECONDS = 0.05
 PAGE_SIZES = (16, 32, 64, 128, 256)
 OPTIONAL_COUNTS = {
-    "max_model_len": (1, 1 << 24),
+    "max_model_len": (MIN_CONTEXT, MAX_POSITION),
     "max_num_seqs": (1, 1 << 20),
     "max_num_batched_tokens": (1, 1 << 24),
     "kv_cache_bytes": (1, 1 << 48),
@@ -70,14 +83,14 @@ class EngineOptions:
         if not isinstance(device, str) or not re.fullmatch(
             r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", device
         ):
-            refuse("device", device, "auto, cpu, cuda or cuda:N", ConfigError)
+            refuse("device", device, "auto, cpu, cuda or cuda:N")
         if self.dtype not in ("auto", "bfloat16"):
-            raise ConfigError(
-                f"dtype is {show(self.dtype)}, expected auto or bfloat16: computing in another "
-                "dtype is not built yet"
+            raise RequestError(
+                f"dtype is {show_argument(self.dtype)}, expected auto or bfloat16: computing in "
+                "another dtype is not built yet"
             )
         if self.load_format not in ("auto", "dummy"):
-            refuse("load_format", self.load_format, "auto or dummy", ConfigError)
+            refuse("load_format", self.load_format, "auto or dummy")
         for name, (low, high) in COUNTS.items():
             value = getattr(self, name)
             if value is not None or name not in OPTIONAL_COUNTS:
@@ -87,7 +100,7 @@ class EngineOptions:
         if self.gpu_memory_utilization is not None:
             self._settle("gpu_memory_utilization", _share(self.gpu_memory_utilization))
         for name in ("deterministic", "enforce_eager", "progress"):
-            self._settle(name, check_flag(name, getattr(self, name), ConfigError))
+            self._settle(name, check_flag(name, getattr(self, name)))
         if self.adapters is not None and not isinstance(self.adapters, Mapping):
             refuse("adapters", self.adapters, "a dict of names and folders")
         for name in self.adapters or {}:
@@ -99,9 +112,9 @@ class EngineOptions:
 
 def _share(value: object) -> float:
     name, expected = "gpu_memory_utilization", "a number above 0 and up to 1"
-    share = check_real(name, value, expected, ConfigError)
+    share = check_real(name, value, expected)
     if not 0.0 < share <= 1.0:
-        refuse(name, value, expected, ConfigError)
+        refuse(name, value, expected)
     return share
 
 

@@ -16,17 +16,18 @@ Streams: device work is queued on `stream` (a handle, or a stream object of PyTo
 cuda.core), by default on the producer's current stream where its type tells it (DLPack's exchange
 API; PyTorch and CuPy of any age), else on the legacy default stream. No call waits for it: order
 other streams yourself, and keep the arrays alive as you would for a kernel of your own. Host arrays
-that are copied to a GPU are the exception: their call returns when the results are back, and has a
-stream of its own. The current device is left as it was. Each (device, stream) has a workspace, kept
-for good and locked while an op is queued, so threads may share it; the first `linear` that is not
-deterministic adds cuBLASLt's 32 MiB.
+are the exception, on the CPU or copied to a GPU: their call returns when the results are there, has
+a stream of its own, and refuses another one. The current device is left as it was. Each (device,
+stream) has a workspace, kept for good and locked while an op is queued, so threads may share it;
+the first `linear` that is not deterministic adds cuBLASLt's 32 MiB.
 
 Graphs: an op may be captured, and be called while another thread captures. It allocates in the
 first call of its shapes on a stream only, and never in the graph. Graphs captured on one stream
 share its workspace, so do not run them at the same time.
 
 Errors: `RequestError` (a ValueError) says what was found and what was expected: a dtype, a shape,
-arrays that are read-only where they are written, not contiguous, badly aligned or of two devices.
+arrays that are read-only where they are written, not contiguous, badly aligned, of two devices, or
+masked (`numpy.ma`): no op looks at a mask.
 `EngineError` and `OutOfMemoryError` tell what a device lacks. Scalars are checked: any number of
 Python's or NumPy's will do, but no NaN or infinity, and True is no number nor 1 a flag. Indices,
 parameters and scales in host arrays are checked. Those on a GPU are not, since that would wait: a
@@ -43,14 +44,22 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from numbers import Number
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from milpy import _C, wheels
 from milpy.errors import RequestError
-from milpy.scalars import MAX_INT32, MAX_UINT64, check_flag, check_integer, check_real, refuse
+from milpy.scalars import (
+    MAX_INT32,
+    MAX_UINT64,
+    check_flag,
+    check_integer,
+    check_real,
+    kind_of_argument,
+    refuse,
+)
 
 __all__ = [
     "Sampled",
@@ -86,27 +95,59 @@ _MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def bfloat16(x: ArrayLike) -> NDArray[np.uint16]:
-    """The bits of x rounded to bfloat16, nearest even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    """The bits of x rounded to bfloat16, nearest even: a new uint16 array of x's shape.
+
+    x: a real number, or an array of them of any shape, of NumPy's types or ml_dtypes.bfloat16; it
+    becomes float32 first. NaN stays NaN, what is too large becomes infinite. RequestError for text,
+    None, booleans, complex numbers and masked arrays.
+    """
+    found = _host_array("bfloat16: x", x, "real numbers")
+    if found.dtype.kind not in "iuf" and found.dtype.name != "bfloat16":
+        _refuse_array("bfloat16: x", found, "real numbers")
+    # Of one dimension at least: NumPy warns where a scalar wraps around.
+    bits = np.ascontiguousarray(found, np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(is_nan, bits >> 16 | 0x40, rounded).astype(np.uint16)
+    return np.where(is_nan, bits >> 16 | 0x40, rounded).astype(np.uint16).reshape(found.shape)
 
 
 def from_bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:
-    """float32 of bfloat16 bits (uint16, or ml_dtypes.bfloat16)."""
-    bits = np.asarray(bits)
-    if bits.dtype.name not in ("uint16", "bfloat16"):
-        raise RequestError(f"from_bfloat16: found {bits.dtype}, expected uint16 or bfloat16")
-    return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    """The values of bfloat16 bits, exactly: a new float32 array of their shape.
+
+    bits: uint16 or ml_dtypes.bfloat16, of any shape; RequestError for another dtype.
+    """
+    found = _host_array("from_bfloat16: bits", bits, "uint16 or bfloat16")
+    if found.dtype.name not in ("uint16", "bfloat16"):
+        _refuse_array("from_bfloat16: bits", found, "uint16 or bfloat16")
+    plain = found.view(np.uint16) if found.dtype.name == "bfloat16" else found
+    wide = np.ascontiguousarray(plain, np.uint32) << 16
+    return wide.view(np.float32).reshape(found.shape)
+
+
+def _host_array(name: str, x: ArrayLike, expected: str) -> NDArray[Any]:
+    """x as NumPy reads it."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise RequestError(f"{name} is a masked array, expected {expected} without a mask")
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as problem:  # lists of two lengths, a GPU's array
+        raise RequestError(f"{name} is {kind_of_argument(x)}, expected {expected}") from problem
+
+
+def _refuse_array(name: str, found: NDArray[Any], expected: str) -> NoReturn:
+    raise RequestError(f"{name} is {found.dtype} of shape {found.shape}, expected {expected}")
 
 
 # ---- arrays and streams ----
 
 
-def _operand(x: Array) -> Any:
+def _operand(op: str, x: Array) -> Any:
     """What the core reads: a NumPy array as it is, a fresh capsule of any other."""
-    if x is None or isinstance(x, np.ndarray) or not hasattr(x, "__dlpack__"):
+    if x is None or type(x) is np.ndarray:
+        return x
+    if isinstance(x, np.ndarray) or not hasattr(x, "__dlpack__"):
+        if isinstance(x, np.ma.MaskedArray):
+            raise RequestError(f"{op}: found a masked array, expected arrays without a mask")
         return x
     is_on_device = _device_of(x) is not None
     arguments = {"stream": _NO_SYNC} if is_on_device else {}
@@ -163,7 +204,7 @@ def _current_stream(arrays: Sequence[Array]) -> int:
     return 0
 
 
-def _handle(op: str, stream: Stream) -> int:
+def _handle(op: str, stream: Stream, arrays: Sequence[Array]) -> int:
     # torch.cuda.Stream, cupy.cuda.Stream
     handle: Any = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
     if handle is stream and hasattr(stream, "__cuda_stream__"):
@@ -172,7 +213,10 @@ def _handle(op: str, stream: Stream) -> int:
     if hasattr(handle, "__int__") and not isinstance(handle, Number | np.generic | np.ndarray):
         with suppress(TypeError, ValueError, OverflowError):
             handle = int(handle)
-    return check_integer(f"{op}: stream", handle, 0, MAX_UINT64)
+    number = check_integer(f"{op}: stream", handle, 0, MAX_UINT64)
+    if all(_device_of(x) is None for x in arrays):
+        refuse(f"{op}: stream", number, "None beside host arrays")
+    return number
 
 
 def _run(
@@ -187,8 +231,8 @@ def _run(
     if device is not None and not (isinstance(device, str) and device.isprintable()):
         refuse(f"{op}: device", device, '"cpu", "cuda" or "cuda:N"')
     wheels.add_library_dirs(_C.add_library_dir)
-    where = _current_stream(arrays) if stream is None else _handle(op, stream)
-    call(device, where, *map(_operand, arrays), *rest)
+    where = _current_stream(arrays) if stream is None else _handle(op, stream, arrays)
+    call(device, where, *[_operand(op, x) for x in arrays], *rest)
 
 
 def _sizes(op: str, name: str, x: Array, n_dims: int) -> tuple[int, ...]:
@@ -359,14 +403,12 @@ _LIMITS: dict[str, tuple[float, float, str]] = {
 
 def _column(name: str, value: ArrayLike, n: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The value, or one for each row, within its limits."""
-    found = np.asarray(value)
+    what = "numbers" if dtype.kind == "f" else "integers"
+    what += f", one or one for each of {n} rows"
+    found = _host_array(f"sampling_params: {name}", value, what)
     kinds = "iuf" if dtype.kind == "f" else "iu"
     if found.dtype.kind not in kinds or found.shape not in ((), (n,)):
-        what = "numbers" if dtype.kind == "f" else "integers"
-        shown = f"{found.dtype} of shape {found.shape}"
-        raise RequestError(
-            f"sampling_params: {name} is {shown}, expected {what}, one or one for each of {n} rows"
-        )
+        _refuse_array(f"sampling_params: {name}", found, what)
     low, high, expected = _LIMITS[name]
     for number in (found.min().item(), found.max().item()) if found.size > 0 else ():
         if not low <= number <= high:
@@ -383,11 +425,14 @@ def sampling_params(
     seed: ArrayLike = 0,
     n_logprobs: ArrayLike = -1,
 ) -> NDArray[np.int32]:
-    """The parameters of n rows as `sample` reads them: [n, 6] int32, one value or one for each row.
+    """The parameters of n rows as `sample` reads them: a new [n, 6] int32 array of NumPy's.
 
-    temperature 0 to 1e30, 0: greedy; top_k from 0 on, 0: off; top_p above 0 and up to 1, 1: off;
-    seed, any 64 bits. n_logprobs, for `sample_logprobs`: -1 none, 0 the token's, up to 20 that many
-    of the best tokens' as well. For a GPU, copy the result there: `sample` does not look at it.
+    n from 0 on. Each parameter is one number, or n of them, [n], of any integer dtype, for
+    temperature and top_p of any float dtype too. temperature 0 to 1e30, 0: greedy; top_k from 0 on,
+    0: off; top_p above 0 and up to 1, 1: off; seed, any 64 bits. n_logprobs, for `sample_logprobs`:
+    -1 none, 0 the token's, up to 20 that many of the best tokens' as well. RequestError names the
+    one that is of another dtype or shape, or out of its range. For a GPU, copy the result there:
+    `sample` does not look at it.
     """
     n = check_integer("sampling_params: n", n, 0, MAX_INT32)
     params = np.zeros(n, _SAMPLING)
@@ -441,13 +486,15 @@ def _sample_arrays(
 
 
 class Sampled(NamedTuple):
-    """What `sample_logprobs` wrote: tokens, logprobs, ranks, top_tokens, top_logprobs."""
+    """What `sample_logprobs` wrote, arrays of the logits' kind: tokens [n] int32, logprobs [n]
+    float32, ranks [n] int32, top_tokens [n, c] int32, top_logprobs [n, c] float32; it says what
+    each holds and what c is."""
 
-    tokens: Array
-    logprobs: Array
-    ranks: Array
-    top_tokens: Array
-    top_logprobs: Array
+    tokens: Array  # [n] int32
+    logprobs: Array  # [n] float32
+    ranks: Array  # [n] int32
+    top_tokens: Array  # [n, c] int32
+    top_logprobs: Array  # [n, c] float32
 
 
 def _n_columns(params: Array) -> int:
@@ -514,10 +561,12 @@ def sample_logprobs(
 def rope_tables(
     n_positions: int, rotary_dim: int, theta: float = 10_000.0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin of plain RoPE, [n_positions, rotary_dim / 2] float32: of p * theta^(-2 i / dim).
+    """cos and sin of plain RoPE, of p * theta^(-2 i / rotary_dim) for position p and pair i.
 
-    rotary_dim is even and at least 2; theta, above 0, is in 1e-30..1e30 as in a model's config. Su
-    et al. 2021; computed in float64. Other kinds (Llama 3's) differ in these tables alone.
+    Two new NumPy arrays, [n_positions, rotary_dim / 2] float32. n_positions is from 0 on;
+    rotary_dim even and at least 2; theta, above 0, in 1e-30..1e30 as in a model's config;
+    RequestError for others. Su et al. 2021; computed in float64. Other kinds (Llama 3's) differ in
+    these tables alone.
     """
     op, expected = "rope_tables", "a number in 1e-30..1e30"
     n_positions = check_integer(f"{op}: n_positions", n_positions, 0, MAX_INT32)
@@ -626,9 +675,11 @@ def attention(
     `rope_and_cache`; out [T, N, D]; q, the caches and out all bfloat16 or all float16. Query i of a
     sequence's n sees keys below kv_length - n + i + 1, of those the last `window` (0: all). scale,
     finite and above 0: 1 / sqrt(D) if None. softcap c, finite: 0 is off, above it scores become
-    c tanh(score / c). Online softmax in float32 (Dao 2023, FlashAttention-2), grouped heads. On a
-    GPU a bad page or length gives the rows of its sequence some value, a bad start those of two.
-    Device, stream, errors: see this module.
+    c tanh(score / c). Online softmax in float32 (Dao 2023, FlashAttention-2), grouped heads. A V
+    that is not finite may reach, as NaN, earlier queries of its tile, which weigh it with 0; which
+    those are depends on how the queries were cut into calls. On a GPU a bad page or length gives
+    the rows of its sequence some value, a bad start those of two. Device, stream, errors: see this
+    module.
     """
     op = "attention"
     if scale is None:

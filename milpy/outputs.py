@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from milpy.errors import RequestError
-from milpy.strict_json import show
+from milpy.scalars import show_argument
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -18,7 +18,7 @@ def check_adapter_name(name: object) -> str:
     """`name` where it can name an adapter, else RequestError."""
     if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
         raise RequestError(
-            f"adapter name is {show(name)}, expected 1 to 64 of A-Z a-z 0-9 . _ and -"
+            f"adapter name is {show_argument(name)}, expected 1 to 64 of A-Z a-z 0-9 . _ and -"
         )
     return name
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpy.errors import RequestError
-from milpy.strict_json import kind_of, show
+from milpy.scalars import kind_of_argument, show_argument
 from milpy.tokenizer import Tokenizer
 
 # A dict has "prompt" or "prompt_token_ids".
@@ -83,18 +83,18 @@ class PromptReader:
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown:
             raise RequestError(
-                f"{where} has {show(sorted(map(str, unknown)))}, expected {_EXPECTED}"
+                f"{where} has {show_argument(sorted(map(str, unknown)))}, expected {_EXPECTED}"
             )
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if text is not None and not isinstance(text, str):
-            raise RequestError(f"{where}: prompt is {kind_of(text)}, expected text")
+            raise RequestError(f"{where}: prompt is {kind_of_argument(text)}, expected text")
         if ids is None and text is None:
             raise RequestError(f"{where} has neither prompt nor prompt_token_ids")
         return (None, text) if ids is None else (text, ids)
 
     def _read_ids(self, given: object, where: str) -> NDArray[np.int32]:
         if isinstance(given, bytes) or not isinstance(given, Sequence | np.ndarray):
-            raise RequestError(f"{where} is {kind_of(given)}, expected {_EXPECTED}")
+            raise RequestError(f"{where} is {kind_of_argument(given)}, expected {_EXPECTED}")
         if len(given) == 0:
             return np.empty(0, np.int32)
         try:
@@ -118,7 +118,9 @@ def _refuse_ids(given: Sequence[Any] | NDArray[Any], where: str) -> NoReturn:
     """Name the first entry that is no id."""
     for at, token in enumerate(given):
         if isinstance(token, bool) or not isinstance(token, int | np.integer):
-            raise RequestError(f"{where}: token {at} is {show(token)}, expected an integer")
+            raise RequestError(
+                f"{where}: token {at} is {show_argument(token)}, expected an integer"
+            )
         if not -(1 << 63) <= token < 1 << 63:
             raise RequestError(f"{where}: token {at} is {token}, expected an id of the vocabulary")
     raise RequestError(f"{where}: is no list of integers, expected token ids")
@@ -141,6 +143,6 @@ def prompt_list(prompts: object) -> list[object]:
         return [prompts]
     if isinstance(prompts, bytes) or not isinstance(prompts, Sequence | np.ndarray):
         raise RequestError(
-            f"prompts is {kind_of(prompts)}, expected {_EXPECTED}, or a list of them"
+            f"prompts is {kind_of_argument(prompts)}, expected {_EXPECTED}, or a list of them"
         )
     return list(prompts)

@@ -10,8 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from milpy.errors import RequestError
-from milpy.scalars import MAX_INT32, MAX_UINT64, check_flag, check_integer, check_real, refuse
-from milpy.strict_json import show
+from milpy.scalars import (
+    MAX_INT32,
+    MAX_UINT64,
+    check_flag,
+    check_integer,
+    check_real,
+    refuse,
+    show_argument,
+)
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
@@ -74,7 +81,7 @@ class SamplingParams:
     ) -> None:
         for name in others:
             if name in NOT_BUILT:
-                raise RequestError(f"{name} is {show(others[name])}: not built yet")
+                raise RequestError(f"{name} is {show_argument(others[name])}: not built yet")
             raise TypeError(f"SamplingParams has no parameter {name!r}")
         if check_integer("n", n, 1, MAX_INT32) != 1:
             raise RequestError(f"n is {n}, expected 1: several answers per prompt not built yet")

@@ -1,4 +1,4 @@
-"""Scalars that a caller gives: which count, and the error for those that do not.
+"""Scalars that a caller gives: which count, the error for those that do not, and how it shows them.
 
 NumPy's scalars, and its arrays without dimensions, stand for the value that they hold. True is no
 number here, and 1 is no flag: either is more often a mistake than meant. Limits are tested as `not
@@ -7,14 +7,14 @@ low <= x` rather than `x < low`, so that NaN passes none of them.
 
 from __future__ import annotations
 
+import json
 import operator
 from numbers import Real
 from typing import NoReturn
 
 import numpy as np
 
-from milpy.errors import MilpyError, RequestError
-from milpy.strict_json import show
+from milpy.errors import RequestError
 
 MAX_INT32 = (1 << 31) - 1
 MAX_UINT64 = (1 << 64) - 1
@@ -22,10 +22,29 @@ MAX_UINT64 = (1 << 64) - 1
 _NUMPYS = (np.generic, np.ndarray)
 
 
-def refuse(
-    name: str, value: object, expected: str, error: type[MilpyError] = RequestError
-) -> NoReturn:
-    raise error(f"{name} is {show(value)}, expected {expected}")
+def show_argument(value: object, limit: int = 80) -> str:
+    """`value` for a message: as Python would write it, a string in double quotes as the core does.
+
+    ASCII only, cut to `limit` characters. What files hold is strict_json's to show.
+    """
+    value = _plain(value)
+    try:
+        text = json.dumps(value) if isinstance(value, str) else ascii(value)
+    except Exception:  # an int of thousands of digits, or a __repr__ that fails: the caller's
+        text = f"of type {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def kind_of_argument(value: object) -> str:
+    """Its type for a message: a string, a dict, None."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    kinds = {int: "an integer", float: "a float", str: "a string", list: "a list", dict: "a dict"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def refuse(name: str, value: object, expected: str) -> NoReturn:
+    raise RequestError(f"{name} is {show_argument(value)}, expected {expected}")
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> int:
@@ -43,25 +62,23 @@ def check_integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
-def check_real(
-    name: str, value: object, expected: str, error: type[MilpyError] = RequestError
-) -> float:
+def check_real(name: str, value: object, expected: str) -> float:
     """`value` as a float where it is a number, NaN and infinity among them."""
     if type(value) is float:  # nearly always, and an op's call takes a few microseconds
         return value
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
-        refuse(name, value, expected, error)
+        refuse(name, value, expected)
     try:
         return float(value)
     except OverflowError:
-        refuse(name, value, expected, error)
+        refuse(name, value, expected)
 
 
-def check_flag(name: str, value: object, error: type[MilpyError] = RequestError) -> bool:
+def check_flag(name: str, value: object) -> bool:
     value = _plain(value)
     if not isinstance(value, bool):
-        refuse(name, value, "True or False", error)
+        refuse(name, value, "True or False")
     return value
 
 

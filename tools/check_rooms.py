@@ -8,6 +8,7 @@ extension exports its init function only; nothing in milpy/ can run code from a 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import re
@@ -144,11 +145,16 @@ def check_python() -> Iterator[str]:
 
 
 def main() -> int:
-    library, extension = sys.argv[1:]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("library", help="libmilpy.a, every symbol of which is looked at")
+    parser.add_argument("extension", help="milpy._C's file")
+    arguments = parser.parse_args()
     faults = [
         *check_includes(),
         *check_headers_alone(),
-        *check_symbols(library, extension),
+        *check_symbols(arguments.library, arguments.extension),
         *check_python(),
     ]
     for fault in faults:

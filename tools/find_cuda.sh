@@ -4,9 +4,15 @@
 #   0     never
 #   auto  only where this machine has a CUDA device or driver; what is missing then is said
 #   1     whatever the machine has (CI compiles so); a missing piece is named, and "error" printed
-# The second is the Python whose wheels may bring what is missing elsewhere. nvcc is CUDA_HOME's, else
-# the one on PATH, else /usr/local/cuda's, else the wheels'. Nothing of cuBLAS is needed to build:
-# csrc/kernels declares what it calls, and the library is found at run time.
+# The second is the Python whose wheels may bring what is missing elsewhere. nvcc is CUDA_HOME's where
+# that is set, else the one on PATH, else /usr/local/cuda's, else the wheels'. Nothing of cuBLAS is
+# needed to build: csrc/kernels declares what it calls, and the library is found at run time.
+case $1 in
+-h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+esac
 mode=${1:-auto}
 python=${2:-python3}
 missing() {
@@ -35,14 +41,18 @@ esac
 # pip lays CUDA's wheels out as one toolkit: nvidia/cu13.
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' 2>/dev/null)
 for wheels in "$site"/nvidia/cu[0-9]*; do :; done
+# Whoever names a toolkit wants no other one.
+[ -z "$CUDA_HOME" ] || [ -x "$CUDA_HOME/bin/nvcc" ] ||
+    missing "found no bin/nvcc in CUDA_HOME ($CUDA_HOME), expected a toolkit of CUDA there, or CUDA_HOME unset"
 for nvcc in "${CUDA_HOME:+$CUDA_HOME/bin/nvcc}" "$(command -v nvcc)" /usr/local/cuda/bin/nvcc \
     "$wheels/bin/nvcc"; do
     [ -x "$nvcc" ] && break
     nvcc=
 done
-[ -n "$nvcc" ] || missing "found no nvcc in CUDA_HOME, on PATH, in /usr/local/cuda or among the wheels of \
-$python; expected the toolkit, or cuda-nvcc and cuda-cudart-dev (NVIDIA's apt), or nvidia-cuda-nvcc and \
-nvidia-cuda-cccl (pip)"
+# All five of one release: see README.
+[ -n "$nvcc" ] || missing "found no nvcc on PATH, in /usr/local/cuda or among the wheels of $python, and \
+CUDA_HOME is not set; expected the toolkit, or cuda-nvcc and cuda-cudart-dev (NVIDIA's apt), or \
+nvidia-{cuda-nvcc,cuda-cccl,cuda-crt,cuda-runtime,nvvm}'==13.0.*' (pip)"
 set -- $("$nvcc" --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1 \2/p')
 [ $((${1:-0} * 100 + ${2:-0})) -ge 1204 ] ||
     missing "found nvcc ${1:-?}.${2:-?} ($nvcc), expected 12.4 or newer"

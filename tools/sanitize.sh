@@ -11,6 +11,12 @@
 #
 #   tools/sanitize.sh [test files, by default those of tests/kernels that hold such a test]
 #   TOOLS=racecheck tools/sanitize.sh tests/kernels/test_attention_small.py
+case $1 in
+-h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+esac
 cd "$(dirname "$0")/.." || exit 1
 export PYTHON="${PYTHON:-python3}"
 limit_s=1800  # for one process

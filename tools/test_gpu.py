@@ -11,11 +11,11 @@ ptx        tests/kernels with what `make ptx` built: the portable kernels as PTX
 portable   tests/model on the portable path
 sanitize   tools/sanitize.sh: compute-sanitizer over every kernel; it takes none of the options
 
-JOBS processes at a time where more than one may run (half as many as cores, at most 8), 30 minutes
-for each. Where there is a GPU, what milpy needs and is lacking is a failure (MILPY_TEST_GPU=1), and
-so is a stage that passes nothing. torch, CuPy and a second GPU may be lacking: their tests skip by
-name. Options may leave nothing of a stage, but something of one. Without a GPU each test skips with
-its reason.
+As many processes at a time as JOBS in the environment says, where more than one may run (half as
+many as cores, at most 8), 30 minutes for each. Where there is a GPU, what milpy needs and is
+lacking is a failure (MILPY_TEST_GPU=1), and so is a stage that passes nothing. torch, CuPy and a
+second GPU may be lacking: their tests skip by name. Options may leave nothing of a stage, but
+something of one. Without a GPU each test skips with its reason.
 """
 
 from __future__ import annotations

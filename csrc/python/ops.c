@@ -232,6 +232,22 @@ typedef struct sample_operands {
     mil_operand *logprobs, *ranks, *top_tokens, *top_logprobs; /* NULL: the token alone */
 } sample_operands;
 
+static mil_status check_choice(const mil_op_call *call, int32_t row, const mil_sampling *it)
+{
+    if (!(it->temperature >= 0.0f && it->temperature <= 1e30f))
+        return mil_fail(MIL_ERR_ARGUMENT,
+                        "%s: row %d of params has temperature %g, expected 0 to 1e30", call->op,
+                        row, (double)it->temperature);
+    if (it->top_k < 0)
+        return mil_fail(MIL_ERR_ARGUMENT, "%s: row %d of params has top_k %d, expected 0 or more",
+                        call->op, row, it->top_k);
+    if (!(it->top_p > 0.0f && it->top_p <= 1.0f))
+        return mil_fail(MIL_ERR_ARGUMENT,
+                        "%s: row %d of params has top_p %g, expected above 0, up to 1", call->op,
+                        row, (double)it->top_p);
+    return MIL_OK;
+}
+
 static void check_params(mil_op_call *call, const mil_operand *params)
 {
     const mil_sampling *sampling = (const mil_sampling *)params->data;
@@ -241,13 +257,7 @@ static void check_params(mil_op_call *call, const mil_operand *params)
                                     "%s: row %d of params has n_logprobs %d, expected -1 to %d",
                                     call->op, i, sampling[i].n_logprobs, MIL_MAX_LOGPROBS);
     for (int32_t i = 0; i < params->shape[0] && call->status == MIL_OK; i++)
-        if (!(sampling[i].temperature >= 0.0f && sampling[i].temperature <= 1e30f) ||
-            sampling[i].top_k < 0 || !(sampling[i].top_p > 0.0f && sampling[i].top_p <= 1.0f))
-            call->status = mil_fail(MIL_ERR_ARGUMENT,
-                                    "%s: row %d of params has temperature %g, top_k %d and top_p "
-                                    "%g, expected one in [0, 1e30], one >= 0, one in (0, 1]",
-                                    call->op, i, (double)sampling[i].temperature, sampling[i].top_k,
-                                    (double)sampling[i].top_p);
+        call->status = check_choice(call, i, &sampling[i]);
 }
 
 /* What the samples tell beside the token. */

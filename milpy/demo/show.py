@@ -18,12 +18,13 @@ MAX_TOKENS = 128
 INDENT = 10
 
 
-def show_demo(prompts: Sequence[str] | None, n: int, *, is_quiet: bool) -> int:
+def show_demo(prompts: Sequence[str] | None, n: int, *, device: str, is_quiet: bool) -> int:
     """Answer `prompts`, or `n` held-out requests, and print every voice's answer."""
     if not demo.BASE.is_dir():
         raise ConfigError(f"{demo.BASE}: no such folder, expected the demo model")
     texts, expected = _texts(prompts, n)
-    with LLM(demo.BASE, adapters=demo.ADAPTERS, progress=not is_quiet) as llm:
+    progress = not is_quiet
+    with LLM(demo.BASE, device=device, adapters=demo.ADAPTERS, progress=progress) as llm:
         begin = time.monotonic()
         outputs = llm.generate(
             [demo.format_request(text) for text in texts for _ in demo.VOICES],

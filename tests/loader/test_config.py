@@ -16,7 +16,7 @@ from milpy.config import (
     read_generation_config,
     read_model_config,
 )
-from milpy.errors import ConfigError
+from milpy.errors import ConfigError, RequestError
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -136,11 +136,11 @@ def test_context_length_is_what_the_rope_type_defines(tmp_path, rope, limit):
     assert config.max_context_length == limit
     assert config.context_length() == 512
     assert config.context_length(limit) == limit
-    name = "rope type dynamic" if config.rope.type == "dynamic" else "expected 1.."
-    with pytest.raises(ConfigError, match=name):
+    name = "rope type dynamic" if config.rope.type == "dynamic" else "expected 2.."
+    with pytest.raises(RequestError, match=f"max_model_len is .*{name}"):
         config.context_length(limit + 1)
-    with pytest.raises(ConfigError, match=r"is 0, expected 1\.\."):
-        config.context_length(0)
+    with pytest.raises(RequestError, match=r"^max_model_len is 1, expected 2\.\."):
+        config.context_length(1)
 
 
 # ---- one rule, one refusal ----

@@ -207,7 +207,7 @@ def test_a_template_over_the_cap_is_refused(tmp_path: Path) -> None:
         ("hello", "messages is a string"),
         ([], "messages is empty"),
         (["hello"], r"messages\[0\] is a string"),
-        ([{"content": "x"}], r"messages\[0\]: role is null"),
+        ([{"content": "x"}], r"messages\[0\]: role is None"),
         ([{"role": 1, "content": "x"}], r"messages\[0\]: role is 1"),
         ([*USER, {"role": "user"}], r"messages\[1\]: content is absent"),
         ([{"role": "user", "content": object()}], r"messages\[0\]: has a object"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import fcntl
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import milpy
-from milpy import LLM, SamplingParams
+from milpy import LLM, SamplingParams, cli, doctor
 from milpy.demo import BASE
 
 PACKAGE = Path(milpy.__file__).parent
@@ -52,6 +53,13 @@ def test_help_imports_nothing_heavy() -> None:
     assert not heavy & modules and not {m for m in modules if m.startswith("milpy._C")}
 
 
+@pytest.mark.parametrize("name", milpy.__all__)
+def test_a_public_name_is_there_in_a_fresh_process(name: str) -> None:
+    """milpy.errors was there only once LLM had been touched."""
+    script = f"import milpy; assert {name!r} in dir(milpy); milpy.{name}"
+    subprocess.run([sys.executable, "-c", script], check=True, env=ENVIRONMENT)
+
+
 def test_heavy_modules_are_imported_inside_functions_only() -> None:
     tree = ast.parse((PACKAGE / "cli.py").read_text())
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -65,6 +73,14 @@ def test_every_option_of_an_llm_can_be_given() -> None:
     options = set(inspect.signature(milpy.LLM.__init__).parameters) - named
     text = run("generate", "--help").stdout
     assert {name for name in options if f"--{name.replace('_', '-')}" not in text} == set()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "demo"])
+def test_every_option_says_what_it_is(command: str) -> None:
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    actions = commands.choices[command]._actions
+    assert [action.dest for action in actions if not action.help] == []
+    assert "device" in [action.dest for action in actions]
 
 
 def test_version_and_usage() -> None:
@@ -122,7 +138,7 @@ def test_generate_without_a_tokenizer_prints_ids(model: Path, tmp_path: Path) ->
         (["/nowhere", "--prompt", "x"], 1, "milpy: /nowhere: no such folder"),
         (["MODEL", "--prompt-ids", "1,x"], 1, "--prompt-ids is '1,x', expected ids"),
         (["MODEL", "--prompt-ids", "9999"], 1, "token 0 is 9999, expected an id"),
-        (["MODEL", "--prompt", "x", "--top-p", "nan"], 1, "top_p is NaN, expected"),
+        (["MODEL", "--prompt", "x", "--top-p", "nan"], 1, "top_p is nan, expected"),
         (["MODEL", "--prompt", "x", "--adapter", "a"], 2, "'a' is not NAME=PATH"),
         (
             ["MODEL", "--prompt", "x", *["--adapter", "a=/b"] * 2],
@@ -226,6 +242,18 @@ def test_demo_answers_in_four_voices() -> None:
     assert "tok/s" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("device", "code", "says"),
+    [("cpu", 0, "4 requests in one batch"), ("tpu", 1, 'device is "tpu"')],
+)
+@pytest.mark.skipif(not BASE.is_dir(), reason=f"no demo model in {BASE}")
+def test_demo_runs_where_it_is_told_to(device: str, code: int, says: str) -> None:
+    """On a GPU without cuBLASLt there was no way to step aside."""
+    result = run("demo", "--quiet", "--n", 1, "--device", device)
+    assert result.returncode == code, result.stderr
+    assert says in result.stdout + result.stderr
+
+
 def test_doctor_reports_what_will_be_used() -> None:
     result = run("doctor")
     assert result.returncode == 0, result.stdout
@@ -235,6 +263,18 @@ def test_doctor_reports_what_will_be_used() -> None:
     assert "will be used" in result.stdout
     cuda = result.stdout.split("\ncuda ")[1].split("\n")[0]
     assert "cannot run: " in cuda or " in this build, " in cuda, cuda
+
+
+def test_doctor_tells_a_switch_of_no_known_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU those of CUDA are not read, so nothing else tells it."""
+    for name in doctor.SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MILPY_CHECK", "1")
+    monkeypatch.setenv("MILPY_POISON", "")
+    monkeypatch.setenv("MILPY_CUDA_PATH", "fast")
+    monkeypatch.setenv("MILPY_CUDA_PDL", "off")
+    told = "MILPY_CHECK=1, MILPY_POISON=, MILPY_CUDA_PATH=fast (expected portable), "
+    assert told + "MILPY_CUDA_PDL=off (expected 0 or 1)" in doctor._environment()
 
 
 def test_doctor_names_an_instruction_set_that_cannot_be_had() -> None:

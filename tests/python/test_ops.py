@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -54,6 +55,50 @@ def test_bfloat16_rounds_as_ml_dtypes_does(rng: np.random.Generator) -> None:
     assert np.array_equal(bfloat16(x)[~np.isnan(x)], want.view(np.uint16)[~np.isnan(x)])
     assert np.isnan(from_bfloat16(bfloat16(x))[np.isnan(x)]).all()
     assert np.array_equal(from_bfloat16(want[~np.isnan(x)]), want[~np.isnan(x)].astype(np.float32))
+
+
+def test_bfloat16_keeps_the_shape_and_takes_any_real_numbers() -> None:
+    for value in (
+        1.5,
+        np.float64(1.5),
+        np.array(1.5),
+        np.array(1.5, "f2"),
+        ml_dtypes.bfloat16(1.5),
+    ):
+        bits = bfloat16(value)
+        assert isinstance(bits, np.ndarray) and bits.shape == () and bits.dtype == BITS
+        assert bits == 0x3FC0
+        back = from_bfloat16(bits)
+        assert isinstance(back, np.ndarray) and back.shape == () and back == 1.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(from_bfloat16(bfloat16(np.uint32(0xFFFFFFFF).view(F32))))
+    assert bfloat16([[1, 2, 3]]).tolist() == [[0x3F80, 0x4000, 0x4040]]
+    assert bfloat16(np.ones((0, 3))).shape == from_bfloat16(np.ones((0, 3), BITS)).shape == (0, 3)
+    columns = np.arange(6, dtype=F32).reshape(2, 3).T
+    assert np.array_equal(from_bfloat16(bfloat16(columns)), columns)
+    assert np.array_equal(from_bfloat16(bfloat16(columns).astype(">u2")), columns)
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        ("a", "<U1 of shape ()"),
+        (None, "object of shape ()"),
+        (1j, "complex128 of shape ()"),
+        (np.ones(2, np.complex64), "complex64 of shape (2,)"),
+        ([True, False], "bool of shape (2,)"),
+        ([10**400], "object of shape (1,)"),
+        ([[1], [1, 2]], "a list"),
+        (np.ma.masked_array([1.0]), "a masked array"),
+    ],
+)
+def test_what_has_no_bfloat16_is_refused(x: Any, found: str) -> None:
+    """It was an error of NumPy's, NaN, or half of the number."""
+    with pytest.raises(RequestError, match=rf"^bfloat16: x is {re.escape(found)}, expected real "):
+        bfloat16(x)
+    with pytest.raises(RequestError, match="^from_bfloat16: bits is .*, expected uint16 or bfloat"):
+        from_bfloat16(x)
 
 
 # ---- against float64 ----
@@ -309,6 +354,18 @@ def test_a_read_only_input_is_fine_where_nothing_is_written(rng: np.random.Gener
     close(wide(ops.rms_norm(x, np.ones(8, np.float32), 1e-5)), norm_of(x, np.ones(8), 1e-5))
 
 
+@pytest.mark.parametrize("name", ["x", "weight", "residual", "out"])
+def test_a_mask_is_not_ignored(name: str) -> None:
+    arrays = {"x": np.ones((2, 8), F32), "weight": np.ones(8, F32)}
+    arrays["residual"] = np.ones((2, 8), F32)
+    arrays["out"] = np.empty((2, 8), BITS)
+    arrays[name] = np.ma.masked_array(arrays[name])
+    with pytest.raises(RequestError, match="^rms_norm: found a masked array, expected arrays with"):
+        ops.rms_norm(**arrays, eps=1e-5)
+    with pytest.raises(RequestError, match="^sampling_params: top_k is a masked array, expected"):
+        ops.sampling_params(2, top_k=np.ma.masked_array([1, 2]))
+
+
 def test_an_out_that_overlaps_an_input_is_refused() -> None:
     memory = np.ones(64, np.uint16)
     with pytest.raises(RequestError, match="out overlaps gate_up, expected memory of its own"):
@@ -328,9 +385,9 @@ def test_an_out_that_overlaps_an_input_is_refused() -> None:
         ("seed", -1, "seed is -1, expected 0 to 18446744073709551615"),
         ("seed", 2**64, "seed is object of shape"),
         ("temperature", None, "temperature is object of shape .*, expected numbers"),
-        ("temperature", np.nan, "temperature is NaN, expected 0 to 1e30"),
-        ("temperature", [1, np.nan, 2], "temperature is NaN, expected 0 to 1e30"),
-        ("temperature", np.float32(np.inf), "temperature is Infinity, expected 0 to 1e30"),
+        ("temperature", np.nan, "temperature is nan, expected 0 to 1e30"),
+        ("temperature", [1, np.nan, 2], "temperature is nan, expected 0 to 1e30"),
+        ("temperature", np.float32(np.inf), "temperature is inf, expected 0 to 1e30"),
         ("temperature", -0.5, "temperature is -0.5, expected 0 to 1e30"),
         ("temperature", 1e300, "temperature is 1e\\+300, expected 0 to 1e30"),
         ("temperature", True, "temperature is bool of shape"),
@@ -338,7 +395,7 @@ def test_an_out_that_overlaps_an_input_is_refused() -> None:
         ("top_p", 0, "top_p is 0, expected above 0 and up to 1"),
         ("top_p", 1e-60, "top_p is 1e-60, expected above 0 and up to 1"),
         ("top_p", [0.5, 1.5, 1], "top_p is 1.5, expected above 0 and up to 1"),
-        ("top_p", np.nan, "top_p is NaN, expected above 0 and up to 1"),
+        ("top_p", np.nan, "top_p is nan, expected above 0 and up to 1"),
     ],
 )
 def test_parameters_that_no_row_can_hold_are_refused(name: str, value: Any, message: str) -> None:
@@ -852,13 +909,18 @@ def test_a_stream_is_a_handle(stream: Any) -> None:
         norm_with(1.0, stream=stream)
 
 
-def test_a_handle_may_be_an_object_that_int_opens() -> None:
+@pytest.mark.parametrize("device", [None, "cpu", "cuda"])
+def test_host_arrays_have_no_stream(device: str | None) -> None:
+    """It was taken and ignored."""
+
     class Handle:
         def __int__(self) -> int:
             return 7
 
-    for stream in (Handle(), np.uint64(7), 2**64 - 1):
-        norm_with(1.0, stream=stream)
+    for stream in (Handle(), np.uint64(7), 7):
+        message = "^rms_norm: stream is 7, expected None beside host arrays$"
+        with pytest.raises(RequestError, match=message):
+            norm_with(1.0, stream=stream, device=device)
 
 
 @pytest.mark.parametrize("device", [0, True, b"cuda", ("cuda", 0), "cpu\0", "\ud800"])
@@ -914,6 +976,6 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 def test_bits_of_another_dtype_are_refused() -> None:
     """float32, say, which a product gives where it allocates: read as bits it would be zeros."""
-    with pytest.raises(RequestError, match="found float32, expected uint16 or bfloat16"):
+    with pytest.raises(RequestError, match="bits is float32 of .*, expected uint16 or"):
         ops.from_bfloat16(np.ones(4, np.float32))
     assert ops.from_bfloat16(ops.bfloat16(np.ones(2, np.float32))).tolist() == [1.0, 1.0]

@@ -221,13 +221,20 @@ def silu_on_a_gpu(kind: type[Producer], **options: Any) -> None:
     ops.silu_and_mul(gate_up, out=out, **options)
 
 
+class Handle:
+    def __int__(self) -> int:
+        return PER_THREAD
+
+
 @pytest.mark.parametrize(
     "stream",
     [
         PER_THREAD,
+        np.uint64(PER_THREAD),
         SimpleNamespace(cuda_stream=PER_THREAD),  # as torch's
         SimpleNamespace(ptr=PER_THREAD),  # as CuPy's
         SimpleNamespace(__cuda_stream__=lambda: (0, PER_THREAD)),  # cuda.core's protocol
+        Handle(),  # cuda.bindings'
     ],
 )
 def test_the_per_thread_default_stream_is_refused_whatever_tells_it(stream: Any) -> None:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from milpy.errors import ConfigError, RequestError
+from milpy.errors import RequestError
 from milpy.scalars import check_flag, check_integer, check_real
 
 
@@ -27,14 +27,14 @@ def test_an_integer_of_any_kind_is_pythons(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (True, "true"),
-        (np.True_, "true"),
-        (np.array(True), "true"),
+        (True, "True"),
+        (np.True_, "True"),
+        (np.array(True), "True"),
         (7.0, "7.0"),
         (np.float32(7), "7.0"),
-        (float("nan"), "NaN"),
+        (float("nan"), "nan"),
         ("7", '"7"'),
-        (None, "null"),
+        (None, "None"),
         (np.array([7]), r"array\(\[7\]\)"),
         (-1, "-1"),
         (np.int64(8), "8"),
@@ -69,10 +69,10 @@ def test_a_number_of_any_kind_is_a_float(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (True, "true"),
-        (np.False_, "false"),
+        (True, "True"),
+        (np.False_, "False"),
         ("2", '"2"'),
-        (None, "null"),
+        (None, "None"),
         (2j, "2j"),
         (np.complex64(2), r"\(2\+0j\)"),
         (np.array([2.0]), r"array\(\[2\.\]\)"),
@@ -80,8 +80,8 @@ def test_a_number_of_any_kind_is_a_float(value: Any) -> None:
     ],
 )
 def test_what_is_no_number_is_named(value: Any, shown: str) -> None:
-    with pytest.raises(ConfigError, match=f"^x is {shown}, expected a number$"):
-        check_real("x", value, "a number", ConfigError)
+    with pytest.raises(RequestError, match=f"^x is {shown}, expected a number$"):
+        check_real("x", value, "a number")
 
 
 def test_a_flag_is_true_or_false() -> None:

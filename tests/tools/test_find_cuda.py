@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -79,11 +80,13 @@ class Machine:
         assert done.returncode == 0
         return done.stdout, done.stderr
 
-    def run_make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run_make(
+        self, *arguments: str, python: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         shutil.copy(ROOT / "Makefile", self.root / "tree")
         write(self.root / "tree/csrc/base/file.c")
         return subprocess.run(
-            [str(shutil.which("make")), *arguments, f"PYTHON={self.python}"],
+            [str(shutil.which("make")), *arguments, f"PYTHON={python or self.python}"],
             cwd=self.root / "tree",
             env=self.env,
             capture_output=True,
@@ -92,7 +95,7 @@ class Machine:
 
     def make(self, *variables: str) -> tuple[int, str, str]:
         """Its status, what it takes for CUDA, and what it says."""
-        show = "--eval=show-cuda: ; $(info $(CUDA)) @:"
+        show = "--eval=show-cuda: ; $(info $(FOUND_CUDA)) @:"
         done = self.run_make(show, "show-cuda", *variables)
         return done.returncode, done.stdout.strip(), done.stderr
 
@@ -149,10 +152,10 @@ def test_a_gpu_without_a_toolkit_is_told_what_is_missing(machine: Machine) -> No
     write(machine.root / "dev/nvidia0")
     printed, says = machine.find("auto")
     assert printed == ""
-    assert says.startswith("milpy: CUDA: found no nvcc in CUDA_HOME, on PATH, in ")
-    assert f"among the wheels of {machine.python}" in says
-    for package in ("cuda-nvcc", "cuda-cudart-dev", "nvidia-cuda-nvcc", "nvidia-cuda-cccl"):
-        assert f" {package} " in says or f" {package}," in says
+    assert says.startswith("milpy: CUDA: found no nvcc on PATH, in ")
+    assert f"among the wheels of {machine.python}, and CUDA_HOME is not set; expected " in says
+    for package in ("cuda-nvcc", "cuda-cudart-dev", "nvidia-{cuda-nvcc,cuda-cccl,"):
+        assert f" {package}" in says
     assert machine.find("1") == ("error\n", says)
 
 
@@ -181,7 +184,22 @@ def test_the_first_nvcc_is_taken(machine: Machine) -> None:
     for home in homes:
         assert machine.find("1") == (answer(home, "lib" if home == homes[3] else "lib64"), "")
         shutil.rmtree(home)
+        machine.env.pop("CUDA_HOME", "")
     assert machine.find("1")[0] == "error\n"
+
+
+@pytest.mark.parametrize(("mode", "printed"), [("1", "error\n"), ("auto", "")])
+def test_a_cuda_home_without_nvcc_is_told_and_no_other_taken(
+    machine: Machine, mode: str, printed: str
+) -> None:
+    """PATH's was taken without a word."""
+    write(machine.root / "dev/nvidia0")
+    machine.put_on_path(machine.toolkit("opt") / "bin")
+    machine.env["CUDA_HOME"] = "/nope"
+    says = "milpy: CUDA: found no bin/nvcc in CUDA_HOME (/nope), expected a toolkit of CUDA there, "
+    assert machine.find(mode) == (printed, says + "or CUDA_HOME unset\n")
+    machine.env["CUDA_HOME"] = ""
+    assert machine.find(mode)[0] == answer(machine.root / "opt")
 
 
 def test_condas_toolkit_is_found(machine: Machine) -> None:
@@ -282,6 +300,16 @@ def test_make_builds_without_where_none_is_asked_for(machine: Machine, mode: str
     assert machine.make(f"MILPY_CUDA={mode}") == (0, "", "")
 
 
+@pytest.mark.parametrize("mode", ["0", "auto", "1"])
+def test_makes_own_variables_are_not_the_callers(machine: Machine, mode: str) -> None:
+    """One was called CUDA: CUDA=0 took its place, and an error said that nothing was found."""
+    home = machine.toolkit("usr/local/cuda")
+    found = answer(home).strip() if mode == "1" else ""
+    assert machine.make(f"MILPY_CUDA={mode}", "CUDA=0") == (0, found, "")
+    machine.env["FOUND_CUDA"] = "/opt/cuda"
+    assert machine.make(f"MILPY_CUDA={mode}") == (0, found, "")
+
+
 @pytest.mark.parametrize(("mode", "says"), [("0", "no CUDA"), ("auto", "no CUDA"), ("1", "CUDA")])
 def test_make_says_whether_cuda_is_in_what_it_links(machine: Machine, mode: str, says: str) -> None:
     """A plain `make` without a GPU took it out again, and said as little as the one before."""
@@ -294,7 +322,7 @@ def test_make_says_whether_cuda_is_in_what_it_links(machine: Machine, mode: str,
 def test_make_ends_where_cuda_must_be_and_is_not(machine: Machine) -> None:
     status, _, says = machine.make("MILPY_CUDA=1")
     assert status == 2
-    assert "milpy: CUDA: found no nvcc in " in says
+    assert "milpy: CUDA: found no nvcc on PATH, in " in says
     assert "MILPY_CUDA=1: CUDA cannot be built here, see above" in says
 
 
@@ -307,11 +335,61 @@ def test_make_ends_where_the_script_is_missing(machine: Machine) -> None:
     assert "MILPY_CUDA=1: CUDA cannot be built here, see above" in says
 
 
+@pytest.mark.parametrize(
+    ("python", "says"),
+    [
+        ("/nope/python", "found no Python at /nope/python, expected 3.10 or newer"),
+        ("", "found no NumPy in {python}, expected numpy>=2"),
+    ],
+)
+def test_a_python_that_cannot_be_built_for_is_told(
+    machine: Machine, python: str, says: str
+) -> None:
+    """The compiler named a header, after a traceback. What needs neither goes on."""
+    write(machine.root / "tree/csrc/python/module.c")
+    (machine.site / "numpy").mkdir()
+    write(machine.site / "numpy/__init__.py")  # NumPy 1: no _core/include
+    python = python or str(machine.python)
+    done = machine.run_make("-n", "ext", "MILPY_CUDA=0", python=python)
+    assert done.returncode == 2
+    assert says.format(python=python) in done.stderr and done.stderr.count("\n") == 1
+    assert machine.run_make("-n", "lib", "MILPY_CUDA=0", python=python).returncode == 0
+    write(machine.site / "numpy/_core/include/numpy/arrayobject.h")
+    assert machine.run_make("-n", "ext", "MILPY_CUDA=0").returncode == 0
+
+
+def test_make_cuda_looks_for_nvcc_before_pip_installs(machine: Machine) -> None:
+    done = machine.run_make("-n", "cuda")
+    commands = done.stdout.splitlines()
+    (looks,) = (i for i, line in enumerate(commands) if "find_cuda.sh 1" in line)
+    (installs,) = (i for i, line in enumerate(commands) if "pip install" in line)
+    assert looks < installs
+
+
+@pytest.mark.parametrize("script", ["find_cuda.sh", "sanitize.sh"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_a_script_tells_what_it_is_for(script: str, option: str) -> None:
+    command = ["sh", str(ROOT / "tools" / script), option]
+    done = subprocess.run(command, capture_output=True, text=True)
+    text = (ROOT / "tools" / script).read_text()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] in text.splitlines()[1]
+    assert "case" not in done.stdout and not done.stdout.startswith("#")
+
+
+def test_the_check_of_rooms_tells_what_it_wants() -> None:
+    """It was a traceback."""
+    command = [sys.executable, str(ROOT / "tools/check_rooms.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "library" in done.stdout and "extension" in done.stdout
+
+
 def test_the_readme_installs_what_ci_compiles_with() -> None:
     """The newest ptxas is not it: CI says why."""
     pins = [
         re.findall(r"nvidia-\{[\w,-]+\}'==[\d.*]+'", (ROOT / name).read_text())
-        for name in (".ci/run", "README.md")
+        for name in (".ci/run", "README.md", "tools/find_cuda.sh")
     ]
     assert len(pins[0]) == 1
-    assert pins[0] == pins[1]
+    assert pins[0] == pins[1] == pins[2]

@@ -151,11 +151,15 @@ static __global__ void samples_kernel(const __grid_constant__ mil_borrow_samples
 
 /* ---- the caller's stream ---- */
 
+#if CUDART_VERSION >= 12080
 static mil_status check_ordinal(const struct mil_queue *queue, cudaStream_t stream)
 {
-#if CUDART_VERSION >= 12080
     int ordinal = queue->ordinal;
-    cudaError_t error = cudaStreamGetDevice(stream, &ordinal);
+    cudaStreamCaptureStatus captures;
+    MIL_CUDA_TRY(cudaStreamIsCapturing(stream, &captures));
+    if (captures != cudaStreamCaptureStatusNone)
+        return MIL_OK;
+    const cudaError_t error = cudaStreamGetDevice(stream, &ordinal);
     if (error == cudaErrorCallRequiresNewerDriver) {
         (void)cudaGetLastError();
         return MIL_OK;
@@ -164,29 +168,22 @@ static mil_status check_ordinal(const struct mil_queue *queue, cudaStream_t stre
     if (ordinal != queue->ordinal)
         return mil_fail(MIL_ERR_ARGUMENT, "stream %p is of cuda:%d, expected one of cuda:%d",
                         (void *)stream, ordinal, queue->ordinal);
+    return MIL_OK;
+}
 #else
-    (void)queue, (void)stream;
-#endif
-    return MIL_OK;
-}
-
-static mil_status read_id(const struct mil_queue *queue, cudaStream_t stream, uint64_t *id)
+static mil_status check_ordinal(const struct mil_queue *, cudaStream_t)
 {
-    unsigned long long found = 0;
-    MIL_TRY(check_ordinal(queue, stream));
-    MIL_TRY(mil_cuda_status(cudaStreamGetId(stream, &found), "asking a stream for its id"));
-    *id = found;
     return MIL_OK;
 }
+#endif
 
-static mil_status identify(struct mil_queue *queue, void *stream, uint64_t *id)
+static mil_status check_stream(struct mil_queue *queue, void *stream)
 {
     mil_cuda_call it;
-    *id = 0;
     if (stream == nullptr || stream == cudaStreamLegacy)
         return MIL_OK;
     MIL_TRY(mil_cuda_begin_call(queue, &it));
-    return mil_cuda_end_call(queue, &it, read_id(queue, (cudaStream_t)stream, id));
+    return mil_cuda_end_call(queue, &it, check_ordinal(queue, (cudaStream_t)stream));
 }
 
 /* ---- launch ---- */
@@ -255,5 +252,6 @@ static mil_status plan_attention(mil_context *context, const mil_begin_args *arg
 }
 
 extern "C" const mil_borrow mil_cuda_borrow = {
-    identify, swap_stream, fill, write_modules, gather_v, spread_v, tell_samples, plan_attention,
+    check_stream, swap_stream, fill,         write_modules,
+    gather_v,     spread_v,    tell_samples, plan_attention,
 };

@@ -77,10 +77,9 @@ typedef struct mil_borrow_samples {
 } mil_borrow_samples;
 
 typedef struct mil_borrow {
-    /* *id tells a stream from those before it that had the same handle; 0: the legacy default one.
-     * A handle is used again once its stream is destroyed, whose work may not have ended then.
-     * MIL_ERR_ARGUMENT: it is another device's, where the driver says so. NULL on the host. */
-    mil_status (*identify)(struct mil_queue *queue, void *stream, uint64_t *id);
+    /* MIL_ERR_ARGUMENT: the stream is another device's. Nothing is asked of one that captures,
+     * which a question would end, nor of a driver before 12.8. NULL on the host. */
+    mil_status (*check_stream)(struct mil_queue *queue, void *stream);
     /* What is queued goes to `stream` (a cudaStream_t; NULL: the legacy default stream) until
      * another is swapped in; returns the one before. The queue's own must be back before
      * anything is copied out or it is closed; alloc and copy_in use neither. From the first swap on

@@ -34,20 +34,14 @@ static mil_status open_host(mil_place *place)
     return mil_pool_create(&place->context.pool, report.n_threads, NULL);
 }
 
-/* `by`: any place of the device. */
-static mil_status identify(const mil_place *by, mil_place *wanted)
-{
-    if (wanted->is_lent)
-        return MIL_OK;
-    return by->borrow->identify(by->context.queue, wanted->stream, &wanted->stream_id);
-}
-
 static mil_status open_cuda(mil_place *place)
 {
     mil_context *context = &place->context;
     const mil_device *device = context->backend->device;
     MIL_TRY(device->open(&context->queue, place->ordinal));
-    mil_status status = identify(place, place);
+    if (place->is_lent)
+        return MIL_OK;
+    mil_status status = place->borrow->check_stream(context->queue, place->stream);
     if (status != MIL_OK)
         device->close(context->queue);
     return status;
@@ -91,24 +85,12 @@ void mil_places_free(mil_places *places)
     mil_free(places);
 }
 
-static bool is_same(const mil_place *a, const mil_place *b)
-{
-    return a->is_cuda == b->is_cuda && a->ordinal == b->ordinal && a->is_lent == b->is_lent &&
-           a->stream == b->stream && a->stream_id == b->stream_id;
-}
-
 static mil_place *look(mil_places *places, const mil_place *wanted)
 {
     mil_place *place = places->first;
-    while (place != NULL && !is_same(place, wanted))
-        place = place->next;
-    return place;
-}
-
-static const mil_place *find_neighbour(const mil_places *places, const mil_place *wanted)
-{
-    const mil_place *place = places->first;
-    while (place != NULL && (!place->is_cuda || place->ordinal != wanted->ordinal))
+    while (place != NULL &&
+           (place->is_cuda != wanted->is_cuda || place->ordinal != wanted->ordinal ||
+            place->is_lent != wanted->is_lent || place->stream != wanted->stream))
         place = place->next;
     return place;
 }
@@ -135,13 +117,12 @@ static mil_status add(mil_place **out, mil_places *places, const mil_place *want
 mil_status mil_place_find(mil_place **out, mil_places *places, bool is_cuda, int32_t ordinal,
                           bool is_lent, void *stream)
 {
-    mil_place wanted = {
+    const mil_place wanted = {
         .is_cuda = is_cuda, .is_lent = is_lent, .ordinal = ordinal, .stream = stream};
+    mil_status status = MIL_OK;
     pthread_mutex_lock(&places->lock);
-    const mil_place *neighbour = find_neighbour(places, &wanted);
-    mil_status status = neighbour != NULL ? identify(neighbour, &wanted) : MIL_OK;
-    *out = status == MIL_OK ? look(places, &wanted) : NULL;
-    if (status == MIL_OK && *out == NULL)
+    *out = look(places, &wanted);
+    if (*out == NULL)
         status = add(out, places, &wanted);
     pthread_mutex_unlock(&places->lock);
     return status;

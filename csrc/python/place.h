@@ -19,7 +19,6 @@ typedef struct mil_place {
     bool is_cuda, is_lent; /* is_lent: on the queue's own stream, for arrays of the host */
     int32_t ordinal;
     void *stream, *own_stream;
-    uint64_t stream_id; /* borrow.h: of those that had this handle */
     const mil_borrow *borrow;
     mil_context context;
     int32_t n_threads;

@@ -115,15 +115,10 @@ def synchronize() -> None:
 
 
 def make_stream() -> int:
-    """A stream that does not wait for the legacy default one; for the process, if not destroyed."""
+    """A stream that does not wait for the legacy default one; lives with the process."""
     stream = ct.c_void_p()
     _call("cuStreamCreate", ct.byref(stream), ct.c_uint(_NON_BLOCKING))
     return int(stream.value or 0)
-
-
-def destroy_stream(stream: int) -> None:
-    """Returns at once: what is queued still runs."""
-    _call("cuStreamDestroy_v2", ct.c_void_p(stream))
 
 
 def capture(stream: int, body: Callable[[], object]) -> Callable[[], None]:

@@ -7,6 +7,7 @@ its own is there, hence nothing beside the standard library.
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 ROOT = Path("/")
@@ -31,11 +32,21 @@ def shown_by_driver() -> int:
     return n.value if ok else 0
 
 
+def shown_to_processes() -> int | None:
+    """What CUDA_VISIBLE_DEVICES leaves of them; None: it is not set. -1 hides what follows."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return None
+    shown = [name.strip() for name in names.split(",")] if names.strip() else []
+    return shown.index("-1") if "-1" in shown else len(shown)
+
+
 def gpu_count() -> int:
     n_files = sum(1 for _ in ROOT.glob(DEVICES))
-    if n_files > 0 or not any(any(ROOT.glob(place)) for place in DRIVERS):
-        return n_files
-    return shown_by_driver()
+    if n_files == 0 and any(any(ROOT.glob(place)) for place in DRIVERS):
+        return shown_by_driver()
+    n_shown = shown_to_processes()
+    return n_files if n_shown is None else min(n_files, n_shown)
 
 
 if __name__ == "__main__":

@@ -348,6 +348,19 @@ def test_an_op_runs_where_its_arrays_lie(torch: Any, name: str, rng: np.random.G
 
 
 @pytest.mark.multigpu
+def test_a_stream_of_another_gpu_is_refused(torch: Any) -> None:
+    x = torch.ones(4, 64, dtype=torch.bfloat16, device="cuda:1")
+    out = torch.empty(4, 32, dtype=torch.bfloat16, device="cuda:1")
+    stream = torch.cuda.Stream("cuda:0")
+    for _ in range(2):  # the first one makes nothing that the second would find
+        with pytest.raises(RequestError, match="is of cuda:0, expected one of cuda:1"):
+            ops.silu_and_mul(x, out=out, stream=stream)
+    ops.silu_and_mul(x, out=out)
+    torch.cuda.synchronize("cuda:1")
+    is_silu(out, 1.0)
+
+
+@pytest.mark.multigpu
 def test_an_op_that_fails_on_its_device_leaves_the_current_one(torch: Any) -> None:
     V = (1 << 19) + 8  # more than the device's sample takes
     torch.cuda.set_device(0)

@@ -21,6 +21,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidiactl").touch()
     monkeypatch.setattr(devices, "ROOT", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
 
 
@@ -29,6 +30,18 @@ def test_each_device_file_is_a_gpu(root: Path) -> None:
     for n in range(12):
         (root / f"dev/nvidia{n}").touch()
         assert devices.gpu_count() == n + 1
+
+
+@pytest.mark.parametrize(
+    ("names", "n"), [("", 0), ("1", 1), ("0,1", 2), ("GPU-a, GPU-b,GPU-c", 2), ("0,-1,1", 1)]
+)
+def test_hidden_ones_do_not_count(
+    root: Path, names: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2):
+        (root / f"dev/nvidia{i}").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    assert devices.gpu_count() == n
 
 
 @pytest.mark.parametrize("place", devices.DRIVERS)

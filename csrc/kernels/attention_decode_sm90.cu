@@ -9,7 +9,8 @@
  * A persistent grid, two blocks an SM, walks the end of attention.cuh's list there and back. One
  * warp of a block keeps the ring full by tensor maps, over the ends of items; at an item's end the
  * others leave their sums in shared memory and go on, and one more warp adds them up and writes.
- * Bound by bytes of KV. */
+ * Bound by bytes of KV: 0.78 of an H200's 4.55 TB/s for 64 rows of 1,024 keys, 0.23 for one of
+ * 8,192 (2026-11-29, bench_ops). */
 #include "ops/backend.h"
 
 #include "kernels/attention_sm90.cuh"

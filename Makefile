@@ -263,7 +263,7 @@ $(filter %.cu.o,$(OBJ_CUDA)): $(CUDA_BUILD)/%.o: % Makefile
 # Without either the compiler would only name a header.
 python-found:
 	@$(if $(EXT_SUFFIX),,$(error found no Python at $(PYTHON), expected 3.10 or newer))
-	@$(if $(NUMPY_INCLUDE),,$(error found no NumPy in $(PYTHON), expected numpy>=2))
+	@$(if $(NUMPY_INCLUDE),,$(error found no NumPy 2 or newer in $(PYTHON)))
 
 $(OBJ_EXT): $(BUILD)/py$(EXT_SUFFIX)/%.o: %.c Makefile | python-found
 	@mkdir -p $(@D)

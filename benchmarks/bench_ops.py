@@ -314,9 +314,13 @@ def main() -> int:
         return 1
     is_h200 = "H200" in device
     roof = Roof(H200_READ_TBS, H200_TFLOPS) if is_h200 else Roof(measured, None)
-    if with_peers:
-        roof = replace(roof, tflops=cublas_tflops())
     flops = "none for flops" if roof.tflops is None else f"{roof.tflops:.0f} TFLOP/s"
+    if with_peers:
+        try:
+            roof = replace(roof, tflops=cublas_tflops())
+            flops = f"{roof.tflops:.0f} TFLOP/s, cuBLAS in this run"
+        except RuntimeError as problem:
+            flops += f" (cuBLAS failed: {problem})"
     print(
         f"{device}; read loop of this run {measured:.2f} TB/s\n"
         f"roof: {roof.read_tbs:.2f} TB/s, {flops}\n"

@@ -13,8 +13,8 @@ class MilpyError(Exception):
 
 
 class ConfigError(MilpyError, ValueError):
-    """config.json or generation_config.json is not one that milpy can honour, or not so: several
-    ranks on a GPU, say."""
+    """config.json or generation_config.json is not one that milpy can honour, or not with these
+    options: several ranks on a GPU, say."""
 
 
 class CheckpointError(MilpyError, ValueError):

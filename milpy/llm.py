@@ -58,8 +58,8 @@ class LLM:
     loaded later take of what is then free. enforce_eager runs decode steps without CUDA graphs;
     deterministic keeps batch mates from changing a row's bits, at a price (the CPU always does),
     unless they take a sequence's KV pages: what it has answered is then computed anew, as a prompt
-    is. Then at most max_num_batched_tokens - 2 requests run at once, and fewer than 3 tokens are
-    refused.
+    is. With deterministic at most max_num_batched_tokens - 2 requests run at once, and
+    max_num_batched_tokens is 3 at least.
 
     load_format="dummy" makes random weights by `seed` from config.json alone. tokenizer names
     another folder for tokenizer.json; without one, prompts are token ids. progress shows a bar

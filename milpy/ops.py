@@ -16,11 +16,12 @@ Streams: device work is queued on `stream` (a handle, or a stream object of PyTo
 cuda.core), by default on the producer's current stream where its type tells it (DLPack's exchange
 API; PyTorch and CuPy of any age), else on the legacy default stream. No call waits for it: order
 other streams yourself, and keep the arrays alive as you would for a kernel of your own. Host arrays
-are the exception, on the CPU or copied to a GPU: their call returns when the results are there, has
-a stream of its own, and refuses another one. The current device is left as it was. Each (device,
+are the exception, on the CPU or copied to a GPU: their call returns when the results are there, and
+refuses a stream. A stream of another device is refused where CUDA tells it (12.8 or newer, and the
+stream's first op is not captured). The current device is left as it was. Each (device,
 stream) has a workspace, kept for good and locked while an op is queued, so threads may share it;
-the first `linear` that is not deterministic adds cuBLASLt's 32 MiB. It is known by the stream's
-handle: destroy a stream once what ops queued there has run, not before.
+the first `linear` that is not deterministic adds cuBLASLt's 32 MiB. The workspace is known by the
+stream's handle: destroy a stream once what ops queued there has run, not before.
 
 Graphs: an op may be captured, and be called while another thread captures. It allocates in the
 first call of its shapes on a stream only, and never in the graph. Graphs captured on one stream
@@ -98,15 +99,16 @@ _MOST_FLOAT32 = float(np.finfo(np.float32).max)
 def bfloat16(x: ArrayLike) -> NDArray[np.uint16]:
     """The bits of x rounded to bfloat16, nearest even: a new uint16 array of x's shape.
 
-    x: a real number, or an array of them of any shape, of NumPy's types or ml_dtypes.bfloat16; it
-    becomes float32 first. NaN stays NaN, what is too large becomes infinite. RequestError for text,
-    None, booleans, complex numbers and masked arrays.
+    x: a real number (an integer has 64 bits at most), or an array of them of any shape, of NumPy's
+    types or ml_dtypes.bfloat16; it becomes float32 first. NaN stays NaN, what is too large becomes
+    infinite. RequestError for text, None, booleans, complex numbers and masked arrays.
     """
     found = _host_array("bfloat16: x", x, "real numbers")
     if found.dtype.kind not in "iuf" and found.dtype.name != "bfloat16":
         _refuse_array("bfloat16: x", found, "real numbers")
     # Of one dimension at least: NumPy warns where a scalar wraps around.
-    bits = np.ascontiguousarray(found, np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(found, np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     return np.where(is_nan, bits >> 16 | 0x40, rounded).astype(np.uint16).reshape(found.shape)

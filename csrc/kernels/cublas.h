@@ -20,7 +20,8 @@ extern "C" {
 /* The library's handle, a workspace, and an empty table, for products on queue, whose streams are
  * there: queue->cublas, unless it is there already. The library is libcublasLt.so.13 (where the
  * driver is for CUDA 13 or newer), else .12, found as library.h says, with MILPY_CUBLASLT to name
- * it. mil_cublas_free before the queue goes, with the queue's device current. In a capture too. */
+ * it. mil_cublas_free before the queue goes, with the queue's device current; the handle stays, for
+ * the next queue of the device, since cublasLtDestroy would end captures. In a capture too. */
 mil_status mil_cublas_open(mil_queue *queue) MIL_WARN_UNUSED;
 void mil_cublas_free(struct mil_cublas *cublas);
 

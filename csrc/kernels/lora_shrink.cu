@@ -20,7 +20,7 @@
 #define RANK_TILE 16  /* two n8 tiles */
 #define AT_ONCE 4     /* K blocks in flight */
 #define BLOCKS 4      /* of an SM */
-#define GRID 8        /* blocks of the grid for an SM; with 4, a seventh slower beside a product */
+#define GRID 8        /* blocks of the grid for an SM; of 4 not all find room beside a product */
 #define MANY_ROWS 512 /* with an adapter, from which blocks take 64 rows and all of K */
 
 struct shrink_params {

@@ -10,8 +10,7 @@
  *
  * rows, where given, ascend, and padding repeats row 0 (see begin.cu): a row that does not ascend
  * is padding, and its x is left alone, since the row it names is another block's. A call that has
- * padding alone (a block of logits past a batch's) updates row 0 again, which nothing reads then.
- */
+ * padding only (a block of logits past a batch's) updates row 0 again, which nothing reads. */
 #include "kernels/cuda.h"
 
 #include "kernels/common.cuh"

@@ -25,7 +25,7 @@ mil_status mil_cuda_tensor_map(CUtensorMap *out, const mil_queue *queue, const v
     if (result != CUDA_SUCCESS)
         return mil_fail(MIL_ERR_DEVICE,
                         "%s: the driver refused a tensor map of %llu rows of %d %s at %p (error "
-                        "%d), expected a pool of fewer than 2^32 rows on 16 bytes",
+                        "%d), which wants at most 2^32 rows, aligned to 16 bytes",
                         queue->label, (unsigned long long)rows, columns, mil_dtype_name(dtype),
                         base, (int)result);
     return MIL_OK;

@@ -73,8 +73,8 @@ typedef struct mil_norm_args {
     const void *residual; /* [T, H] of the backend's product_dtype, or NULL */
     const float *weight;  /* [H] */
     /* [n_rows] rows of x to read (out row i is x row rows[i]), ascending; NULL: all. Where a
-     * bucket's padding names row 0 again, x is left alone, but by a call that has padding alone:
-     * nothing reads x after it. */
+     * bucket's padding names row 0 again, x is left alone, except in a call of padding only, which
+     * updates row 0 again: nothing reads x after it. */
     const int32_t *rows;
     int32_t n_rows;
     int32_t hidden;

@@ -77,8 +77,8 @@ typedef struct mil_borrow_samples {
 } mil_borrow_samples;
 
 typedef struct mil_borrow {
-    /* MIL_ERR_ARGUMENT: the stream is another device's. Nothing is asked of one that captures,
-     * which a question would end, nor of a driver before 12.8. NULL on the host. */
+    /* MIL_ERR_ARGUMENT: the stream is another device's. MIL_OK for one that captures, which the
+     * question would end, and where toolkit or driver is older than CUDA 12.8. NULL on the host. */
     mil_status (*check_stream)(struct mil_queue *queue, void *stream);
     /* What is queued goes to `stream` (a cudaStream_t; NULL: the legacy default stream) until
      * another is swapped in; returns the one before. The queue's own must be back before

@@ -8,9 +8,10 @@
 #ifndef MIL_WITH_CUDA
 static mil_status no_cuda(void)
 {
-    return mil_fail(MIL_ERR_DEVICE, "this build has no CUDA, expected one that `make MILPY_CUDA=1` "
-                                    "made: it needs nvcc, g++ and "
-                                    "CUDA's headers, and says which of them it does not find");
+    return mil_fail(
+        MIL_ERR_DEVICE,
+        "this build has no CUDA, expected one by `make MILPY_CUDA=1`, which says what of "
+        "nvcc, g++ and CUDA's headers it does not find");
 }
 #endif
 

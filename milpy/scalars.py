@@ -7,7 +7,6 @@ low <= x` rather than `x < low`, so that NaN passes none of them.
 
 from __future__ import annotations
 
-import json
 import operator
 from numbers import Real
 from typing import NoReturn
@@ -15,6 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from milpy.errors import RequestError
+from milpy.strict_json import show, show_python
 
 MAX_INT32 = (1 << 31) - 1
 MAX_UINT64 = (1 << 64) - 1
@@ -22,17 +22,11 @@ MAX_UINT64 = (1 << 64) - 1
 _NUMPYS = (np.generic, np.ndarray)
 
 
-def show_argument(value: object, limit: int = 80) -> str:
+def show_argument(value: object) -> str:
     """`value` for a message: as Python would write it, a string in double quotes as the core does.
-
-    ASCII only, cut to `limit` characters. What files hold is strict_json's to show.
-    """
+    What files hold is strict_json's to show."""
     value = _plain(value)
-    try:
-        text = json.dumps(value) if isinstance(value, str) else ascii(value)
-    except Exception:  # an int of thousands of digits, or a __repr__ that fails: the caller's
-        text = f"of type {type(value).__name__}"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return show(value) if isinstance(value, str) else show_python(value)
 
 
 def kind_of_argument(value: object) -> str:

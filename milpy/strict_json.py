@@ -40,10 +40,20 @@ def show(value: object, limit: int = 80) -> str:
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
-        try:
-            text = ascii(value)
-        except Exception:  # an int of thousands of digits, or a __repr__ that fails: the caller's
-            text = f"of type {type(value).__name__}"
+        return show_python(value, limit)
+    return _cut(text, limit)
+
+
+def show_python(value: object, limit: int = 80) -> str:
+    """As `show`, but as Python would write it."""
+    try:
+        text = ascii(value)
+    except Exception:  # an int of thousands of digits, or a __repr__ that fails: the caller's
+        text = f"of type {type(value).__name__}"
+    return _cut(text, limit)
+
+
+def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -186,6 +186,13 @@ static mil_status add_block(mil_place *place, size_t n_bytes)
     return status;
 }
 
+/* Doubling keeps the blocks few. */
+static size_t next_block(const mil_place *place)
+{
+    size_t twice = place->n_blocks > 0 ? 2 * place->blocks[place->n_blocks - 1].n_bytes : 0;
+    return twice > LEAST_BLOCK ? twice : LEAST_BLOCK;
+}
+
 mil_status mil_place_scratch(mil_place *place, void **out, size_t n_bytes)
 {
     n_bytes = mil_round_up(n_bytes > 0 ? n_bytes : 1, SCRATCH_ALIGN);
@@ -195,10 +202,8 @@ mil_status mil_place_scratch(mil_place *place, void **out, size_t n_bytes)
         place->at_bytes = 0;
     }
     if (place->at_block == place->n_blocks) {
-        /* Doubling keeps the blocks few. */
-        size_t last = place->n_blocks > 0 ? place->blocks[place->n_blocks - 1].n_bytes : 0;
-        size_t wanted = n_bytes > 2 * last ? n_bytes : 2 * last;
-        mil_status status = add_block(place, wanted > LEAST_BLOCK ? wanted : LEAST_BLOCK);
+        size_t wanted = next_block(place);
+        mil_status status = add_block(place, wanted > n_bytes ? wanted : n_bytes);
         if (status == MIL_ERR_MEMORY && wanted > n_bytes)
             status = add_block(place, n_bytes);
         MIL_TRY(status);

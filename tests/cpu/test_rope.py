@@ -62,15 +62,23 @@ def long_case(P: int) -> tuple[np.ndarray, Batch, Kv]:
     return qkv.astype(np.float32), batch, Kv(pages.copy(), pages.copy())
 
 
-def read_back(pages: np.ndarray, batch: Batch) -> np.ndarray:
-    """What this batch's tokens wrote, [T, K, D]; the rows are poisoned again."""
-    P, rows = pages.shape[3], []
+def written(batch: Batch, P: int) -> list[tuple[int, int]]:
+    """The page of each of the batch's tokens, and its row there."""
+    places = []
     for s, n in enumerate(batch.query_lengths):
         slot = batch.seq_slot[s] if batch.seq_slot else s
         for position in range(batch.kv_lengths[s] - n, batch.kv_lengths[s]):
-            row = pages[1, batch.page_table[slot, position // P], :, position % P]
-            rows.append(row.copy())
-            row[:] = 0xFFFF
+            places.append((int(batch.page_table[slot, position // P]), position % P))
+    return places
+
+
+def read_back(pages: np.ndarray, batch: Batch, first_page: int = 0) -> np.ndarray:
+    """What this batch's tokens wrote to layer 1, [T, K, D]; the rows are poisoned again."""
+    rows = []
+    for page, at in written(batch, pages.shape[3]):
+        row = pages[1, page - first_page, :, at]
+        rows.append(row.copy())
+        row[:] = 0xFFFF
     return np.array(rows)
 
 

@@ -21,9 +21,10 @@ WORKLOAD = Path(__file__).with_name("order_workload.py")
 CANCELLED = 3  # _C.FINISH_CANCELLED; this process need not load the extension
 TIMEOUT_S = 120  # for a device that hangs; no claim of a test
 SPLIT_KEYS = 512  # csrc/kernels/attention.cuh's MIL_ATTENTION_MIN_SPLIT
-# The wide scene's model. A GPU cuts every K of its products but shrink's for o_proj, and its head
-# size is one that Hopper has kernels for. The CPU's ops leave each other nothing and run one after
-# another (late_cpu.c), so that texts are as long there, and the model is narrow.
+# The wide scene's model. A GPU cuts every K of its products (our own from 1,024 on, LoRA's shrink
+# above it) but shrink's for o_proj, and its head size is one that Hopper has kernels for. The CPU's
+# ops leave each other nothing and run one after another (late_cpu.c), so that texts are as long
+# there, and the model is narrow.
 WIDE: dict[str, dict[str, int]] = {
     "cuda": {"hidden": 1088, "ffn": 2112, "heads": 8, "kv_heads": 2, "head_dim": 128},
     "cpu": {"hidden": 64, "ffn": 128, "heads": 4, "kv_heads": 2, "head_dim": 32},

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cpu.test_rope import LONG, MAX_POSITION, long_case, rotated, tables
+from cpu.test_rope import LONG, MAX_POSITION, long_case, read_back, rotated, tables, written
 from cpu.tolerance import assert_close
 from helpers.cpu_shim import Array, Batch, Kv, Shim, bf16, from_bf16
 from helpers.marks import small
@@ -67,26 +67,6 @@ def case(N: int, K: int, D: int, P: int) -> tuple[Array, Batch, Kv]:
     return qkv.astype(np.float32), batch, Kv(pages.copy(), pages.copy())
 
 
-def written(batch: Batch, P: int) -> list[tuple[int, int]]:
-    """The page of each of the batch's tokens, and its row there."""
-    places = []
-    for s, n in enumerate(batch.query_lengths):
-        slot = batch.seq_slot[s] if batch.seq_slot else s
-        for position in range(batch.kv_lengths[s] - n, batch.kv_lengths[s]):
-            places.append((int(batch.page_table[slot, position // P]), position % P))
-    return places
-
-
-def read_back(pages: Array, batch: Batch, first_page: int = 0) -> Array:
-    """What this batch's tokens wrote to layer 1, [T, K, D]; the rows are poisoned again."""
-    rows = []
-    for page, at in written(batch, pages.shape[3]):
-        row = pages[1, page - first_page, :, at]
-        rows.append(row.copy())
-        row[:] = 0xFFFF
-    return np.array(rows)
-
-
 @pytest.mark.parametrize(("N", "K", "D", "P", "rotary_dim", "pairs"), SHAPES)
 @pytest.mark.parametrize("captured", [False, True])
 def test_rope_write(
@@ -100,12 +80,12 @@ def test_rope_write(
     check(q, heads, want, batch, kv)
 
 
-def check(q: Array, heads: Array, want: Array, batch: Batch, kv: Kv) -> None:
-    """heads: [T, N + 2 K, D] as given; want: its first N + K rotated."""
+def check(q: Array, heads: Array, want: Array, batch: Batch, kv: Kv, first_page: int = 0) -> None:
+    """heads: [T, N + 2 K, D] as given; want: its first N + K rotated; kv begins at first_page."""
     K, N = kv.k.shape[2], len(heads[0]) - 2 * kv.k.shape[2]
     assert_rope(q.reshape(want[:, :N].shape), want[:, :N])
-    assert_rope(read_back(kv.k, batch), want[:, N:])
-    assert np.array_equal(from_bf16(read_back(kv.v, batch)), heads[:, N + K :])
+    assert_rope(read_back(kv.k, batch, first_page), want[:, N:])
+    assert np.array_equal(from_bf16(read_back(kv.v, batch, first_page)), heads[:, N + K :])
     assert (kv.k == 0xFFFF).all() and (kv.v == 0xFFFF).all(), "wrote outside its rows"
 
 
@@ -185,9 +165,7 @@ def test_last_page_of_a_pool_beyond_4_gi_elements(path: str) -> None:
     batch.page_table = batch.page_table + first_page
     assert pool_pages - 1 in {page for page, _ in written(batch, P)}
     with Shim(path) as shim:
-        shim.rope_write(qkv, *tables(D), batch, kv, N, D, 1)
+        q = shim.rope_write(qkv, *tables(D), batch, kv, N, D, 1)
     heads = qkv.reshape(len(qkv), N + 2 * K, D)
-    want = rotated(heads[:, N : N + K], batch.positions, D, False)
-    assert_rope(read_back(kv.k, batch, first_page), want)
-    assert np.array_equal(from_bf16(read_back(kv.v, batch, first_page)), heads[:, N + K :])
-    assert (kv.k == 0xFFFF).all() and (kv.v == 0xFFFF).all(), "wrote outside its rows"
+    want = rotated(heads[:, : N + K], batch.positions, D, False)
+    check(q, heads, want, batch, kv, first_page)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.drivers import Request, Sample, open_model, serve
+from helpers.order import WIDE
 from helpers.tiny_llama import write_adapter, write_tiny_llama
 
 from milpy import _C
@@ -38,12 +39,11 @@ class Shape:
     bias: bool = False
 
 
-# Wide enough for a GPU to cut K: of our own products from 1,024 on, of LoRA's shrink above it.
 SHAPES = {
     "head_dim_128": Shape(4, 1, 128),
     "head_dim_80": Shape(6, 2, 80),
     "head_dim_64": Shape(4, 2, 64),
-    "wide": Shape(8, 2, 128, hidden=1088, ffn=2112, bias=True),
+    "wide": Shape(**WIDE["cuda"], bias=True),
 }
 
 
@@ -123,7 +123,7 @@ def rig(
     write_tiny_llama(base, vocab=VOCAB, max_positions=4096, **asdict(shape))
     config = read_model_config(base)
     model = open_model(base, device)
-    page_bytes = 2 * 2 * config.num_hidden_layers * shape.kv_heads * size.page * shape.head_dim
+    page_bytes = size.page * config.kv_bytes_per_token()
     made = Rig(base, model, [-1], size, page_bytes, shape.head_dim in (64, 128))
     made.adapters.extend(made.add_adapter(rank, seed) for rank in RANKS for seed in (1, 2))
     return made

@@ -18,10 +18,10 @@ API; PyTorch and CuPy of any age), else on the legacy default stream. No call wa
 other streams yourself, and keep the arrays alive as you would for a kernel of your own. Host arrays
 are the exception, on the CPU or copied to a GPU: their call returns when the results are there, and
 refuses a stream. A stream of another device is refused where CUDA tells it (12.8 or newer, and the
-stream's first op is not captured). The current device is left as it was. Each (device,
-stream) has a workspace, kept for good and locked while an op is queued, so threads may share it;
-the first `linear` that is not deterministic adds cuBLASLt's 32 MiB. The workspace is known by the
-stream's handle: destroy a stream once what ops queued there has run, not before.
+stream's first op is not captured). The current device is left as it was. Each (device, stream) has
+a workspace, kept for good and locked while an op is queued, so threads may share it; the first
+`linear` that is not deterministic adds cuBLASLt's 32 MiB. The workspace is known by the stream's
+handle: destroy a stream once what ops queued there has run, not before.
 
 Graphs: an op may be captured, and be called while another thread captures. It allocates in the
 first call of its shapes on a stream only, and never in the graph. Graphs captured on one stream
